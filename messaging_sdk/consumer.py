@@ -549,8 +549,8 @@ class Consumer(Settler):
             self._relane()
         if deadline_s > 0:
             end = self._loop.time() + deadline_s
-            while any(d in self._running for d in mine) and self._loop.time() < end:
-                await asyncio.sleep(0.005)  # noqa: ASYNC110  # rare, and bounded by the deadline
+            while any(d in self._running for d in mine) and self._loop.time() < end:  # noqa: ASYNC110  # rare, and bounded
+                await asyncio.sleep(0.005)
             self._flush()
         for session in sessions:
             session.lost = True
