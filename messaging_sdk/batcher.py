@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from .errors import ConnectionLost, DeadlineExceeded, MessagingError, Outcome
+from .errors import Closed, ConnectionLost, DeadlineExceeded, MessagingError, Outcome
 from .model import Outgoing, SendResult, indeterminate, rejected
 from .retry import Backoff
 from .spi import Outcomes, Sender
@@ -193,8 +193,11 @@ class Batcher:
             self._reopen()
 
     def _reopen(self) -> None:
+        if self._closed:
+            self._fail_pending(Closed(f"{self._name}: the bus was closed; nothing was sent"))
+            return
         self._idle.clear()
-        if self._opening is None and not self._closed:
+        if self._opening is None:
             self._opening = self._loop.create_task(self._open(), name=f"open sender {self._name}")
 
     async def _open(self) -> None:

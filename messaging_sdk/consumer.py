@@ -206,7 +206,8 @@ class Consumer(Settler):
             timer.cancel()
         self._timers.clear()
         self._unsettled = dict.fromkeys(self._running, 0.0)
-        self.ready.clear()
+        if self._settles:
+            self.ready.clear()
         if self._lanes is not None:  # a key whose handler still runs stays taken
             self._lanes.clear()
             for delivery in self._running:
@@ -641,6 +642,13 @@ class Consumer(Settler):
         task.add_done_callback(done)
 
 
+def _only_if_not_ours(error: BaseException) -> None:
+    """Raise `error` if it cancels this worker; a CancelledError out of the handler itself is one of its failures."""
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error
+
+
 def _leased(receiver: object) -> Leased | None:
     return receiver if isinstance(receiver, Leased) else None
 
@@ -710,6 +718,9 @@ class Workers:
             current.set(message)
             try:
                 await call(message)
+            except asyncio.CancelledError as error:
+                _only_if_not_ours(error)
+                consumer.failed(message, error)
             except Exception as error:
                 consumer.failed(message, error)
             else:
@@ -734,7 +745,8 @@ class Workers:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await self._call(message)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                _only_if_not_ours(error)
                 if self._settle_before and isinstance(message, Delivery):
                     consumer.stats.failed += 1
                     consumer.stats.dropped += 1
