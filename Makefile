@@ -1,0 +1,76 @@
+# `make demo` and `make check` need no broker; `make test` starts live ones (Docker, or Debian as root).
+PYTHON  ?= python3
+BACKEND ?= rabbitmq
+BIN     := .venv/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test check static laws doubles contract bench engine brokers clean
+
+demo: .venv/run.stamp
+	@$(BIN)/messaging demo
+
+# Phases run one after the other; the laws come last, so that a pytest summary closes the output.
+test: .venv/test.stamp engine
+	@$(MAKE) --no-print-directory brokers
+	@$(MAKE) --no-print-directory static
+	@$(MAKE) --no-print-directory doubles
+	@$(MAKE) --no-print-directory contract BACKEND=memory
+	@$(MAKE) --no-print-directory contract BACKEND=rabbitmq
+	@$(MAKE) --no-print-directory contract BACKEND=nats
+	@$(MAKE) --no-print-directory laws
+
+check: static laws
+
+static: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+laws: .venv/test.stamp
+	$(BIN)/pytest contract_tests/core
+
+doubles: .venv/test.stamp
+	$(BIN)/messaging doubles
+
+contract: .venv/test.stamp
+	$(BIN)/messaging contract $(BACKEND)
+
+bench: .venv/bench.stamp
+	$(BIN)/python -m benchmarks
+
+engine:
+	@contract_tests/containers/engine.sh
+
+brokers: .venv/test.stamp
+	@$(BIN)/python -m messaging_sdk_contract.live
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments: one .venv; test contains run, bench contains test -----------------------------
+
+.venv/python.stamp:
+	@echo "creating .venv ..."
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+# --no-build-isolation: the build takes the pinned hatchling instead of fetching another one.
+define install
+	@echo "installing requirements/$(1).txt ..."
+	@$(PIP) --require-hashes -r requirements/$(1).txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+endef
+
+.venv/run.stamp: requirements/run.txt pyproject.toml | .venv/python.stamp
+	$(call install,run)
+
+.venv/test.stamp: requirements/test.txt pyproject.toml | .venv/python.stamp
+	$(call install,test)
+	@touch .venv/run.stamp
+
+.venv/bench.stamp: requirements/bench.txt pyproject.toml | .venv/python.stamp
+	$(call install,bench)
+	@touch .venv/run.stamp .venv/test.stamp
