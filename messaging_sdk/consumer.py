@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from .capabilities import Capabilities
 from .destination import Destination
@@ -107,7 +107,7 @@ class Consumer(Settler):
     ) -> None:
         self.terms = terms
         self.stats = Stats()
-        self.ready: deque[Delivery[Any]] = deque()
+        self.ready: deque[Message[Any]] = deque()
         self.failure: BaseException | None = None
         self._open_receiver = open_receiver
         self._bury = bury
@@ -180,12 +180,12 @@ class Consumer(Settler):
             self._watch_leases()
             return receiver
 
-    def _arrive(self, arrivals: list[Delivery[Any]]) -> None:
+    def _arrive(self, arrivals: Sequence[Message[Any]]) -> None:
         self.stats.received += len(arrivals)
         ready, lanes = self.ready, self._lanes
         if self._settles:
             unsettled, now = self._unsettled, self._loop.time()
-            for delivery in arrivals:
+            for delivery in cast("Sequence[Delivery[Any]]", arrivals):
                 unsettled[delivery] = now
                 if lanes is None or lanes.enter(delivery):
                     ready.append(delivery)
@@ -250,8 +250,9 @@ class Consumer(Settler):
         """The next decoded message, or None if `ready` is empty. What can not be decoded goes to on_failure."""
         ready, terms = self.ready, self.terms
         while ready:
-            delivery = ready.popleft()
+            message = ready.popleft()
             if self._settles:
+                delivery = cast("Delivery[Any]", message)
                 if self.closing or delivery.session.closing or delivery.session.lost:
                     continue  # what is still ours stays in _unsettled and is handed back
                 if self._repeats and delivery.id in self._repeats:
@@ -263,16 +264,16 @@ class Consumer(Settler):
                     self.give_up(delivery, "deliveries", f"delivered {delivery.deliveries} times")
                     continue
             try:
-                delivery.data = terms.destination.codec.decode(delivery.body)
+                message.data = terms.destination.codec.decode(message.body)
             except DecodeError as error:
-                self.give_up(delivery, "undecodable", str(error))
+                self.give_up(message, "undecodable", str(error))
                 continue
             if self._settles:
-                self._running.add(delivery)
+                self._running.add(cast("Delivery[Any]", message))
             elif self._room is not None and len(ready) < terms.window // 2:
                 self._room.set_result(None)
                 self._room = None
-            return delivery
+            return message
         return None
 
     # --- settling
@@ -358,6 +359,10 @@ class Consumer(Settler):
     # --- Settler: the verbs of a stream's deliveries
 
     def _claim(self, delivery: Delivery[Any]) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise UsageError(
+                "a delivery is settled on the event loop it arrived on; from threads use messaging_sdk.sync"
+            )
         if delivery.settled:
             if delivery.session.lost:
                 raise SettleLost(f"{delivery!r} is no longer ours: its connection was lost; it will come again")
@@ -396,6 +401,7 @@ class Consumer(Settler):
 
     async def reject(self, delivery: Delivery[Any], reason: str) -> None:
         self._claim(delivery)
+        delivery.settled = True  # the verdict is final, although the broker is told when the dead letter is stored
         self.give_up(delivery, "rejected", reason)
 
     async def release(self, delivery: Delivery[Any]) -> None:
@@ -404,9 +410,15 @@ class Consumer(Settler):
             note = self.terms.capabilities.notes.get("release", "close the stream: what is unsettled goes back")
             raise CapabilityError([Unmet(self.terms.destination.name, "release='now'", "of this route", note)])
         self._running.discard(delivery)
-        self.stats.handed_back += 1
         answer = self._loop.create_future()
+        followers = self._lanes.drain(delivery) if self._lanes is not None else []
+        self.stats.handed_back += 1 + len(followers)
         self._settle(delivery, RELEASE, answer)
+        for follower in followers:  # an ordered key goes back from this message on
+            follower.settled = True
+            self._unsettled.pop(follower, None)
+            self._settlements.append((follower.receipt, RELEASE))
+            self._settling.append(None)
         await answer
 
     # --- failure
@@ -545,7 +557,8 @@ class Consumer(Settler):
                 if timer is not None:
                     timer.cancel()
                 self._unsettled.pop(delivery, None)
-        self.ready = deque(d for d in self.ready if id(d.session) not in gone)
+        dropped = set(mine)
+        self.ready = deque(d for d in self.ready if d not in dropped)
         if self._lanes is not None:  # keys whose lane waits behind a revoked delivery start anew
             self._relane()
         if deadline_s > 0:
@@ -608,7 +621,7 @@ class Consumer(Settler):
 
     def _hand_back(self) -> None:
         """Ordered destinations are not released one by one: the adapter's close gives all back in order."""
-        mine = [d for d in self._unsettled if not d.session.lost and not d.settled]
+        mine = [d for d in self._unsettled if not d.session.lost]
         self.stats.handed_back += len(mine)
         self._running.clear()
         self.ready.clear()

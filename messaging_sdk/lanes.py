@@ -40,6 +40,15 @@ class Lanes:
         del self._lanes[key]
         return None
 
+    def drain(self, delivery: Delivery[Any]) -> list[Delivery[Any]]:
+        """Those that wait behind `delivery`, in order, taken out of its lane."""
+        key = delivery.key or NO_KEY
+        waiting = self._lanes.get(key)
+        if not waiting:
+            return []
+        self._lanes[key] = None
+        return list(waiting)
+
     def waiting(self) -> Iterator[Delivery[Any]]:
         for lane in self._lanes.values():
             if lane:

@@ -32,7 +32,7 @@ from .errors import (
     TooLarge,
     Unmet,
 )
-from .model import SENT, Delivery, Meta, Outgoing, SendResult, Session, rejected
+from .model import SENT, Delivery, Message, Meta, Outgoing, SendResult, Session, rejected
 from .spi import Disposition, OnOutcomes, OnRevoke, Provision, Receiver, Sender
 from .spi import Driver as AbstractDriver
 
@@ -396,6 +396,8 @@ class MemorySender(Sender):
             )  # fmt: skip
         asked = {"ttl": message.ttl_s, "delay": message.delay_s, "priority": message.priority}
         lacking = [flag for flag, value in asked.items() if value is not None and not getattr(caps, flag)]
+        if message.priority is not None and message.priority >= caps.priority and "priority" not in lacking:
+            lacking.append("priority")
         if message.headers and caps.headers is None:
             lacking.append("headers")
         if lacking:
@@ -441,7 +443,7 @@ class MemoryReceiver(Receiver):
 
     # --- intake
 
-    async def receive_batch(self, max_deliveries: int) -> list[Delivery[Any]]:
+    async def receive_batch(self, max_deliveries: int) -> list[Delivery[Any]] | list[Message[Any]]:
         while True:
             if self.session.lost:
                 raise ConnectionLost("the memory connection was cut")
@@ -451,10 +453,10 @@ class MemoryReceiver(Receiver):
             self.waiter = self.loop.create_future()
             await self.waiter
 
-    def poll(self, count: int) -> list[Delivery[Any]]:
+    def poll(self, count: int) -> list[Delivery[Any]] | list[Message[Any]]:
         if self.store is None:
             taken = [self.overheard.popleft() for _ in range(min(count, len(self.overheard)))]
-            return [self.delivery(m, None) for m in taken]
+            return [Message(m.body, m.id, m.key, _meta(m)) for m in taken]
         self.open &= self.store.held
         room = min(count, self.limit - len(self.open))
         if self.stopped or room <= 0:
@@ -467,13 +469,12 @@ class MemoryReceiver(Receiver):
             self.open.update(entries)
         return [self.delivery(e.message, e) for e in entries]
 
-    def delivery(self, message: Outgoing, entry: Entry | None) -> Delivery[Any]:
-        meta = Meta(message.headers, message.content_type, message.correlation_id, message.created_s or None)
-        deliveries = entry.deliveries if entry is not None and self.caps.count == "exact" else None
-        known = entry is not None and self.caps.count != "none"
+    def delivery(self, message: Outgoing, entry: Entry) -> Delivery[Any]:
+        count = self.caps.count
         return Delivery(
-            message.body, message.id, message.key, meta, receipt=entry, session=self.session, deliveries=deliveries,
-            redelivered=entry.deliveries > 1 if known and entry is not None else None,
+            message.body, message.id, message.key, _meta(message), receipt=entry, session=self.session,
+            deliveries=entry.deliveries if count == "exact" else None,
+            redelivered=entry.deliveries > 1 if count != "none" else None,
         )  # fmt: skip
 
     def overhear(self, message: Outgoing) -> None:
@@ -553,6 +554,10 @@ class MemoryReceiver(Receiver):
         self.session.lost = True
         self.driver.leave(self)
         self.notify()
+
+
+def _meta(message: Outgoing) -> Meta:
+    return Meta(message.headers, message.content_type, message.correlation_id, message.created_s or None)
 
 
 class LeasedReceiver(MemoryReceiver):

@@ -7,6 +7,7 @@ import itertools
 import re
 import secrets
 import time
+from asyncio import get_running_loop
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -234,6 +235,8 @@ class Publisher(Generic[T]):
         outlet = self._outlet
         if outlet is None:
             raise UsageError("a publisher is used inside `async with bus.publisher(...) as p:`")
+        if get_running_loop() is not self._loop:
+            raise UsageError("this publisher belongs to another event loop; from threads use messaging_sdk.sync")
         message = outlet.encode(value, headers, id, correlation_id, delay, ttl, priority)
         while self._out >= self._window:
             self._room.clear()

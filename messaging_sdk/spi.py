@@ -25,7 +25,7 @@ from .capabilities import Capabilities
 from .config import Address
 from .destination import Destination
 from .errors import MessagingError
-from .model import Delivery, Outgoing, SendResult, Session
+from .model import Delivery, Message, Outgoing, SendResult, Session
 
 Provision = Literal["create", "verify", "none"]
 
@@ -158,8 +158,8 @@ class Receiver(ABC):
     """Signals only: messages known to have been lost here (local buffer full). A floor, not exact."""
 
     @abstractmethod
-    async def receive_batch(self, max_deliveries: int) -> list[Delivery[Any]]:
-        """Wait for at least one delivery; return at most `max_deliveries`, oldest first.
+    async def receive_batch(self, max_deliveries: int) -> list[Delivery[Any]] | list[Message[Any]]:
+        """Wait for at least one delivery (on a Signal: Message); return at most `max_deliveries`, oldest first.
 
         Takes from the buffer after its last await, so cancelling it loses nothing. Raises ConnectionLost, and any
         other error only for what will not heal by itself (NotFound: the queue was deleted): that stops the bus.

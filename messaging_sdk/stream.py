@@ -69,9 +69,9 @@ class Stream(Generic[M]):
         if max_deliveries < 1 or wait_s < 0:
             raise UsageError(f"take: needs max_deliveries >= 1 and wait_s >= 0, not {max_deliveries} and {wait_s}")
         consumer = self._ours()
-        found = self._drain(consumer, max_deliveries)
-        if found:
-            await asyncio.sleep(0)  # a loop over take() must let the intake work
+        await asyncio.sleep(0)  # a loop over take() must let the intake work
+        found = self._drain(consumer, max_deliveries)  # nothing is awaited behind a drain: cancelling loses nothing
+        if found or not wait_s:
             return found
         try:
             async with asyncio.timeout(wait_s):
