@@ -19,7 +19,7 @@ Release = Literal["none", "now", "delay"]
 Lease = Literal["none", "connection", "timeout"]
 Count = Literal["none", "flag", "exact"]
 Order = Literal["none", "publisher"]
-Compete = Literal["none", "round_robin", "demand"]
+Compete = Literal["none", "standby", "round_robin", "demand"]
 Groups = Literal["none", "live", "durable"]
 Confirm = Literal["none", "received", "stored"]
 Durable = Literal["none", "restart", "kill"]
@@ -75,7 +75,8 @@ class Capabilities:
     order_competition: bool = False
     """Two consumers at once never run two messages of one key at the same time or out of order."""
     compete: Compete = "none"
-    """Consumers share the messages; demand: a frozen one does not hold more than its window."""
+    """none: a second consumer is refused; standby: one works, others take over when it goes;
+    round_robin: they share the messages; demand: they share, and a frozen one holds no more than its window."""
     groups: Groups = "none"
     """durable: a declared group gets what was published while it was away; live: only while connected."""
     confirm: Confirm = "none"
@@ -129,7 +130,7 @@ _RANKS: Final[Mapping[str, tuple[str, ...]]] = {
     "lease": ("none", "timeout", "connection"),
     "count": ("none", "flag", "exact"),
     "order": ("none", "publisher"),
-    "compete": ("none", "round_robin", "demand"),
+    "compete": ("none", "standby", "round_robin", "demand"),
     "groups": ("none", "live", "durable"),
     "confirm": ("none", "received", "stored"),
     "durable": ("none", "restart", "kill"),

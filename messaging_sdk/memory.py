@@ -65,7 +65,7 @@ SIGNAL: Final = Capabilities(
     order="publisher", compete="round_robin", groups="live", batch="entries", max_body=16 << 20, headers=HEADERS,
     route_error=False, notes={"confirm": "a signal is never confirmed"},
 )  # fmt: skip
-SIGNAL_SWITCHES: Final = ("order", "compete", "groups", "batch", "max_body", "headers")
+SIGNAL_SWITCHES: Final = ("order", "groups", "batch", "max_body", "headers")
 
 
 class Switches(BaseModel):
@@ -165,6 +165,8 @@ class Store:
         self.expire()
         now = time.monotonic()
         taken: list[Entry] = []
+        if self.caps.compete == "standby" and receiver is not self.receivers[0]:
+            return taken
         busy = self._keys_elsewhere(receiver) if self.ordered and self.caps.order_competition else frozenset()
         for entry in self.waiting:
             if len(taken) >= count:
@@ -643,6 +645,8 @@ class Driver(AbstractDriver):
         caps = self.capabilities(destination)
         kind = self.leased_receiver_class if caps.lease == "timeout" else self.receiver_class
         receiver = kind(self, destination, group, window, caps)
+        if group is not None and caps.groups == "none":
+            raise CapabilityError([Unmet(destination.name, f"group={group!r}", "memory", "switch groups on")])
         if destination.tag == "signal":
             self.broker.listeners.setdefault(destination.name, []).append(receiver)
         else:
