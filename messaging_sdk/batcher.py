@@ -33,7 +33,8 @@ class _Batch:
 
 
 class Batcher:
-    """`submit` takes a message whose `waiter` is a Future[SendResult] or has `resolve(message, result)`."""
+    """`submit` takes a message whose `waiter` is a Future[SendResult], or has `accepted(count)` and
+    `refused(message, error)`."""
 
     def __init__(self, name: str, open_sender: Callable[[], Awaitable[Sender]]) -> None:
         self._name = name
@@ -48,6 +49,7 @@ class Batcher:
         self._resend: list[tuple[int, list[Outgoing]]] = []
         self._serial = 0
         self._armed = False
+        self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = math.inf
         self._idle = asyncio.Event()
@@ -81,22 +83,25 @@ class Batcher:
 
     def _flush(self) -> None:
         self._armed = False
-        sender = self._sender
-        if sender is None:
-            if self._pending and not self._in_flight:
-                self._reopen()
+        if self._flushing:  # an outcome that came inside send_batch: the loop below goes on, not one call in another
             return
-        while self._pending and len(self._in_flight) < sender.max_in_flight and self._send():
-            pass
+        self._flushing = True
+        while (sender := self._sender) and self._pending and len(self._in_flight) < sender.max_in_flight:
+            if not self._send():
+                break
+        self._flushing = False
+        if not self._in_flight and not self._resend:
+            if not self._pending:
+                self._idle.set()
+            elif self._sender is None:
+                self._reopen()
 
     def _send(self) -> bool:
         sender, pending = self._sender, self._pending
         if sender is None or self._resend:
             return False
-        if len(pending) == 1:  # the common case of one awaited publish
+        if len(pending) == 1 and not _gone(pending[0]):  # the common case of one awaited publish
             batch = [pending.popleft()]
-            if batch[0].waiter is None:
-                return True
         else:
             batch = self._cut(sender)
             if not batch:
@@ -131,30 +136,31 @@ class Batcher:
             if size > limit_bytes and batch:
                 break
             message = pending.popleft()
-            waiter = message.waiter
-            if waiter is None or (waiter.__class__ is asyncio.Future and waiter.done()):
-                continue  # expired, or its publish was cancelled before it was handed over
-            batch.append(message)
+            if not _gone(message):
+                batch.append(message)
         return batch
 
     def _outcomes(self, batch: _Batch, outcomes: Outcomes) -> None:
         messages = batch.messages
         batch.left -= len(outcomes)
+        publisher, accepted = None, 0  # a run of one publisher's messages is told to it at once
         for index, result in outcomes:
             message = messages[index]
             waiter = message.waiter
-            if waiter is None:
-                continue
-            if result.outcome is Outcome.INDETERMINATE and isinstance(result.error, ConnectionLost):
-                message.maybe_stored = True
-                self._last_error = result.error
-                continue  # collected below, in order
-            message.waiter = None
-            if waiter.__class__ is asyncio.Future:
-                if not waiter.done():
-                    waiter.set_result(result)
-            else:
-                waiter.resolve(message, result)
+            if result.error is not None:
+                self._not_accepted(message, result)
+            elif waiter is publisher and waiter is not None:
+                message.waiter = None
+                accepted += 1
+            elif waiter.__class__ is asyncio.Future:
+                self._resolve(message, result)
+            elif waiter is not None:
+                message.waiter = None
+                if publisher is not None:
+                    publisher.accepted(accepted)
+                publisher, accepted = waiter, 1
+        if publisher is not None:
+            publisher.accepted(accepted)
         if batch.left == 0:
             self._in_flight.remove(batch)
             unsure = [m for m in messages if m.waiter is not None]
@@ -162,6 +168,13 @@ class Batcher:
                 self._resend.append((batch.serial, unsure))
                 self._drop_sender()
             self._settled()
+
+    def _not_accepted(self, message: Outgoing, result: SendResult) -> None:
+        if result.outcome is Outcome.INDETERMINATE and isinstance(result.error, ConnectionLost):
+            message.maybe_stored = True  # keeps its waiter: it is sent again when the batch is complete
+            self._last_error = result.error
+        else:
+            self._resolve(message, result)
 
     def _settled(self) -> None:
         if self._in_flight:
@@ -249,8 +262,8 @@ class Batcher:
         if waiter.__class__ is asyncio.Future:
             if not waiter.done():
                 waiter.set_result(result)
-        else:
-            waiter.resolve(message, result)
+        elif result.error is not None:
+            waiter.refused(message, result.error)
 
     # --- deadlines: one timer, at the earliest of them
 
@@ -315,6 +328,12 @@ class Batcher:
         if sender is not None:
             await _bounded(sender.close(), max(0.2, timeout_s / 2) if not left else 0.2)
         return left
+
+
+def _gone(message: Outgoing) -> bool:
+    """It expired, or its publish was cancelled before it was handed over."""
+    waiter = message.waiter
+    return waiter is None or (waiter.__class__ is asyncio.Future and waiter.done())
 
 
 async def _bounded(work: Awaitable[Any], timeout_s: float) -> None:

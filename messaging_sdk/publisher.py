@@ -6,10 +6,10 @@ import asyncio
 import itertools
 import re
 import secrets
-import time
 from asyncio import get_running_loop
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import time
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
@@ -19,7 +19,7 @@ from .config import seconds
 from .consumer import current
 from .destination import Destination
 from .errors import CapabilityError, InvalidMessage, MessagingError, Outcome, TooLarge, UsageError
-from .model import NO_HEADERS, RESERVED_PREFIX, Outgoing, SendResult
+from .model import NO_HEADERS, RESERVED_PREFIX, Outgoing
 from .pipeline import Middleware
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ _new_number: Final = itertools.count().__next__
 
 def new_id_prefix() -> str:
     """Unique per bus and process; a counter behind it makes message ids, at a tenth of a uuid4's cost."""
-    return secrets.token_hex(8)
+    return f"{secrets.token_hex(8)}-"
 
 
 class Outlet(Generic[T]):
@@ -74,31 +74,33 @@ class Outlet(Generic[T]):
         except InvalidMessage as error:
             raise InvalidMessage(f"{self.destination}: {error}", outcome=Outcome.REJECTED) from error.__cause__
         if len(body) > self._max_body:
-            raise TooLarge(
-                f"{self.destination}: the encoded message has {len(body)} bytes, backend {self.backend!r} takes "
-                f"{self._max_body}; send a reference to it, or raise the backend's limit",
-                size_bytes=len(body), limit_bytes=self._max_body,
-            )  # fmt: skip
-        if correlation_id is None:
-            handled = current.get()
-            if handled is not None:
-                correlation_id = handled.correlation_id or handled.id
-        message = Outgoing(
-            body,
-            f"{self._id_prefix}-{_new_number():x}" if id is None else self._text("id", id),
-            self.destination.key_of(value) if self._keyed else None,
-            NO_HEADERS if headers is None else self._headers(headers),
-            content_type=self._content_type,
-            correlation_id=correlation_id,
-            created_s=time.time(),
-        )
+            raise self._too_large(len(body))
         if correlation_id is not None:
             self._text("correlation_id", correlation_id)
+        elif (handled := current.get()) is not None:
+            correlation_id = handled.correlation_id or handled.id
+        message = Outgoing(
+            body,
+            f"{self._id_prefix}{_new_number()}" if id is None else self._text("id", id),
+            self.destination.key_of(value) if self._keyed else None,
+            NO_HEADERS if headers is None else self._headers(headers),
+            self._content_type,
+            correlation_id,
+            time(),
+        )
         if delay is not None or ttl is not None or priority is not None:
             self._options(message, delay, ttl, priority)
         for layer in self._middleware:
             message = layer.publish(self.destination, message)
         return message
+
+    def _too_large(self, size_bytes: int) -> TooLarge:
+        return TooLarge(
+            f"{self.destination}: the encoded message has {size_bytes} bytes, backend {self.backend!r} takes "
+            f"{self._max_body}; send a reference to it, or raise the backend's limit",
+            size_bytes=size_bytes,
+            limit_bytes=self._max_body,
+        )
 
     def _text(self, what: str, text: str) -> str:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_ID or not _ASCII.match(text) or text != text.strip():
@@ -253,12 +255,14 @@ class Publisher(Generic[T]):
             self._room.clear()
             await self._room.wait()
 
-    def resolve(self, message: Outgoing, result: SendResult) -> None:
-        """The batcher's call, once per message."""
+    def accepted(self, count: int) -> None:
+        """The batcher's call: `count` more messages are accepted."""
+        self._out -= count
+        self.sent += count
+        self._room.set()
+
+    def refused(self, message: Outgoing, error: MessagingError) -> None:
+        """The batcher's call: this message is not accepted, or not known to be."""
         self._out -= 1
-        if result.error is None:
-            self.sent += 1
-        else:
-            self.failed.append(Failed(message.id, result.error))
-        if not self._room.is_set():
-            self._room.set()
+        self.failed.append(Failed(message.id, error))
+        self._room.set()

@@ -19,10 +19,10 @@ from .capabilities import Capabilities, Needs
 from .config import Settings
 from .consumer import OnFailure, Stats
 from .destination import Destination, Queue, Signal, Topic
-from .errors import Closed, UsageError
+from .errors import Closed, MessagingError, UsageError
 from .handlers import Handlers
 from .model import Delivery as AsyncDelivery
-from .model import Message, Outgoing, SendResult, Sent
+from .model import Message, Outgoing, Sent
 from .pipeline import Middleware
 from .publisher import Failed, Outlet
 from .stream import Stream as AsyncStream
@@ -295,16 +295,19 @@ class Publisher(Generic[T]):
             if not self._room.wait_for(lambda: self._out == 0, self._timeout_s + SLACK_S):
                 raise Closed("messages have no outcome: the bus was closed")
 
-    def resolve(self, message: Outgoing, result: SendResult) -> None:
+    def accepted(self, count: int) -> None:
+        """The batcher's call, on the loop thread."""
+        with self._room:
+            self._out -= count
+            self.sent += count
+            self._room.notify_all()
+
+    def refused(self, message: Outgoing, error: MessagingError) -> None:
         """The batcher's call, on the loop thread."""
         with self._room:
             self._out -= 1
-            if result.error is None:
-                self.sent += 1
-            else:
-                self.failed.append(Failed(message.id, result.error))
-            if self._out < self._window:
-                self._room.notify_all()
+            self.failed.append(Failed(message.id, error))
+            self._room.notify_all()
 
 
 class Delivery(Generic[T]):
