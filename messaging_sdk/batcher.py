@@ -86,10 +86,12 @@ class Batcher:
         if self._flushing:  # an outcome that came inside send_batch: the loop below goes on, not one call in another
             return
         self._flushing = True
-        while (sender := self._sender) and self._pending and len(self._in_flight) < sender.max_in_flight:
-            if not self._send():
-                break
-        self._flushing = False
+        try:
+            while (sender := self._sender) and self._pending and len(self._in_flight) < sender.max_in_flight:
+                if not self._send():
+                    break
+        finally:
+            self._flushing = False
         if not self._in_flight and not self._resend:
             if not self._pending:
                 self._idle.set()
@@ -202,8 +204,7 @@ class Batcher:
     def _lost(self, error: MessagingError) -> None:
         self._drop_sender()
         self._last_error = error
-        if not self._in_flight:
-            self._reopen()
+        self._settled()  # the loss may have left earlier batches unsure: they go before this one
 
     def _reopen(self) -> None:
         if self._closed:

@@ -28,7 +28,7 @@ from .errors import (
     Unmet,
     UsageError,
 )
-from .handlers import Handlers, Registration, bind, check_group, check_window
+from .handlers import Handlers, Registration, bind, check_failure, check_group, check_window
 from .model import RESERVED_PREFIX, Delivery, Message, Outgoing, Sent, Session
 from .pipeline import Middleware, around, outward
 from .publisher import Outlet, Publisher, header_problem, new_id_prefix
@@ -152,14 +152,13 @@ class Bus(Handlers):
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        destinations = list(dict.fromkeys([*self._declared, *(r.destination for r in self.registrations)]))
+        dead = [_dead_letters(r.destination, r.group) for r in self.registrations if _buries(r)]
+        destinations = list(dict.fromkeys([*self._declared, *(r.destination for r in self.registrations), *dead]))
         wanted = [(d, _wanted(d, self._needs)) for d in destinations]
         wanted += [(r.destination, _wanted_by(r)) for r in self.registrations]
         self._check_needs(wanted)
         for registration in self.registrations:
             bind(registration, self._provide, None)
-            if _buries(registration):
-                destinations.append(_dead_letters(registration.destination, registration.group))
         opened: list[Driver] = []
         try:
             for name, driver in self._drivers.items():
@@ -224,7 +223,7 @@ class Bus(Handlers):
         cancelled and that error raised here.
         """
         await self.open()
-        self._owner = asyncio.current_task()
+        self._owner, self.failure = asyncio.current_task(), None
         started: list[Consumer] = []
         try:
             for registration in self.registrations:
@@ -409,6 +408,7 @@ class Bus(Handlers):
         ConnectError and AuthError.
         """
         group = check_group(destination, group)
+        check_failure(destination, on_failure, max_deliveries)
         registration = Registration(
             destination, group, _no_handler, False, (), 1, check_window(destination, window, 1), Retry(1), on_failure,
             False, None, max_deliveries,

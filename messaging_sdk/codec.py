@@ -62,15 +62,14 @@ def _decode_str(body: bytes) -> str:
 def _json_codec(type_: type[T]) -> Codec[T]:
     name = getattr(type_, "__name__", repr(type_))
     validate: Callable[[bytes], T]
-    serialize: Callable[[T], bytes]
     if isinstance(type_, type) and issubclass(type_, BaseModel):
         # The validator and serializer pydantic itself calls: half the cost of model_validate_json / model_dump_json.
         validate = cast("Callable[[bytes], T]", type_.__pydantic_validator__.validate_json)
-        serialize = cast("Callable[[T], bytes]", type_.__pydantic_serializer__.to_json)
+        to_json: Callable[..., bytes] = type_.__pydantic_serializer__.to_json
     else:
         try:
             adapter = TypeAdapter(type_)
-            validate, serialize = adapter.validate_json, adapter.dump_json
+            validate, to_json = adapter.validate_json, adapter.dump_json
         except Exception as error:  # pydantic raises several kinds for types it cannot handle
             raise UsageError(
                 f"{name} cannot be a message type: use bytes, str, a pydantic model or a dataclass ({error})"
@@ -81,7 +80,7 @@ def _json_codec(type_: type[T]) -> Codec[T]:
         if plain and not isinstance(value, type_):
             raise _wrong_type(name, value)
         try:
-            return serialize(value)
+            return to_json(value, warnings="error")  # by default a wrong value is sent, and quoted in a warning
         except Exception as error:  # a model's own serializer may raise anything
             raise InvalidMessage(f"this {name} cannot be turned into JSON: {type(error).__name__}") from error
 

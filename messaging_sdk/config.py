@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
@@ -24,7 +24,7 @@ M = TypeVar("M", bound=BaseModel)
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\Z")
 _REFERENCE: Final = re.compile(r"\$\{(env|file):([^}]+)\}")
-_BACKEND_KEYS: Final = ("url", "password", "provision", "emulation")
+BACKEND_KEYS: Final = ("url", "password", "provision", "emulation")
 _TOP_KEYS: Final = ("backends", "routes", "destinations", "env")
 ENV_PREFIX: Final = "MESSAGING_"
 DEFAULT_FILE: Final = "messaging.toml"
@@ -83,6 +83,8 @@ def parse_address(url: str, where: str = "url") -> Address:
         )
     rest, _, query_text = rest.partition("?")
     authority, slash, path = rest.partition("/")
+    if "@" in path or "@" in query_text:  # else a part of the password would be taken for a path, and shown
+        raise ConfigError(f"{where}: an '@' behind the host; percent-encode '/', '?' and '@' in user and password")
     credentials, at, host_text = authority.rpartition("@")
     user, colon, password = credentials.partition(":")
     hosts = tuple(_host(part, where) for part in host_text.split(",")) if host_text else ()
@@ -111,8 +113,8 @@ def _host(text: str, where: str) -> tuple[str, int | None]:
     return match["six"] or match["name"], int(match["port"]) if match["port"] else None
 
 
-def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """`values` as `model`, or ConfigError with every wrong key, without any value."""
+def validated(model: type[M], values: Mapping[str, Any], where: str, also: Sequence[str] = ()) -> M:
+    """`values` as `model`, or ConfigError with every wrong key, without any value. `also`: keys valid beside it."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -120,7 +122,7 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
         for item in error.errors(include_url=False, include_context=False, include_input=False):
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
-                problems.append(_unknown(key, model.model_fields))
+                problems.append(_unknown(key, [*model.model_fields, *also]))
             else:
                 problems.append(f"{key or 'value'}: {item['msg']}")
         raise ConfigError(f"{where}: {'; '.join(problems)}") from None
@@ -278,7 +280,7 @@ def _backend(name: str, table: Any, where: str, environ: Mapping[str, str]) -> B
     values = {"url": table} if isinstance(table, str) else _table(table, where)
     values = {k: _resolved(v, f"{where}.{k}", environ) for k, v in values.items()}
     if "url" not in values:
-        near = next((k for k in values if difflib.get_close_matches(k, _BACKEND_KEYS, n=1)), None)
+        near = next((k for k in values if difflib.get_close_matches(k, BACKEND_KEYS, n=1)), None)
         raise ConfigError(f"{where}: no url" + (f" (found {near!r})" if near else ""))
     address = parse_address(values.pop("url"), f"{where}.url")
     password = values.pop("password", None)

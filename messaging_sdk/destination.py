@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 
 from .codec import Codec, codec_of
-from .errors import InvalidDestination, InvalidMessage, UsageError
+from .errors import InvalidDestination, InvalidMessage, Outcome, UsageError
 
 T = TypeVar("T")
 
@@ -52,8 +52,11 @@ class Destination(Generic[T]):
         if key is not None and not callable(key) and not isinstance(key, str):
             raise UsageError(f"{self}: key must be a field name or a callable, not {key!r}")
         if isinstance(key, str):
-            fields = getattr(type, "model_fields", None) or getattr(type, "__dataclass_fields__", None)
-            if fields is not None and key not in fields:
+            tables = ("model_fields", "__dataclass_fields__", "_fields")  # of models, dataclasses, named tuples
+            fields = next((f for f in (getattr(type, t, None) for t in tables) if f), None)
+            if fields is None:
+                raise UsageError(f"{self}: messages of this type have no fields; give key= a callable, not {key!r}")
+            if key not in fields:
                 raise UsageError(f"{self}: {type.__name__} has no field {key!r}; it has {sorted(fields)}")
         if ordered and key is None:
             raise UsageError(f"{self}: ordered=True needs key=: order holds among messages that share a key")
@@ -72,9 +75,17 @@ class Destination(Generic[T]):
         if key is None:
             return None
         found = cast(Any, getattr(value, key) if isinstance(key, str) else key(value))
-        if found is None or found == "":
-            raise InvalidMessage(f"{self}: the key of this message is empty; related messages share a non-empty key")
-        return found if isinstance(found, str) else str(found)
+        text = found if isinstance(found, str) else "" if found is None else str(found)
+        if text.isascii() and text:
+            return text
+        problem = "is empty; related messages share a non-empty key"
+        if text:
+            try:
+                text.encode()
+                return text
+            except UnicodeEncodeError:
+                problem = "holds a lone surrogate and has no UTF-8 form"
+        raise InvalidMessage(f"{self}: the key of this message {problem}", outcome=Outcome.REJECTED)
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.name!r})"

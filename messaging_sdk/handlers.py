@@ -46,7 +46,8 @@ class Registration:
 
     @property
     def blocking(self) -> bool:
-        return not inspect.iscoroutinefunction(self.handler)
+        handler = self.handler
+        return not (inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__))
 
 
 class _Decorator(Generic[T]):
@@ -118,8 +119,7 @@ class Handlers:
         group = check_group(destination, group)
         if not isinstance(concurrency, int) or concurrency < 1:
             raise UsageError(f"on({destination}): concurrency must be a whole number from 1, not {concurrency!r}")
-        if on_failure not in ("dead_letter", "drop", "stop"):
-            raise UsageError(f"on({destination}): on_failure is 'dead_letter', 'drop' or 'stop', not {on_failure!r}")
+        check_failure(destination, on_failure, max_deliveries)
         if settle not in ("after", "before"):
             raise UsageError(f"on({destination}): settle is 'after' or 'before', not {settle!r}")
         if settle == "before" and destination.ordered:
@@ -156,6 +156,14 @@ def check_group(destination: Destination[Any], group: str | None) -> str | None:
     elif isinstance(destination, Queue) and group is not None:
         raise UsageError(f"{destination}: a Queue has no groups, its consumers compete; use a Topic for copies")
     return group
+
+
+def check_failure(destination: Destination[Any], on_failure: object, max_deliveries: object) -> None:
+    """UsageError if these do not say what becomes of messages that cannot be handled."""
+    if on_failure not in ("dead_letter", "drop", "stop"):
+        raise UsageError(f"{destination}: on_failure is 'dead_letter', 'drop' or 'stop', not {on_failure!r}")
+    if not isinstance(max_deliveries, int) or max_deliveries < 1:
+        raise UsageError(f"{destination}: max_deliveries must be a whole number from 1, not {max_deliveries!r}")
 
 
 def check_window(destination: Destination[Any], window: int | None, concurrency: int) -> int:
@@ -236,7 +244,9 @@ def bind(registration: Registration, provide: Mapping[str, Callable[[], Any]], p
             named[name] = await value if inspect.isawaitable(value) else value
         if registration.blocking:
             work = partial(handler, *args, **named)
-            await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work)
+            result = await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work)
+            if inspect.isawaitable(result):  # a plain function around an async one: done means awaited
+                await result
         else:
             await handler(*args, **named)
 

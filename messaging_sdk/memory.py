@@ -239,6 +239,13 @@ class Store:
         if self.caps.compete == "none" and len(self.receivers) > 1:
             self.receivers.remove(receiver)
             raise NotFound("this destination takes one consumer at a time, and has one")
+        for entry in self.held:  # a dead consumer's leases may end while this one waits
+            receiver.notify_at(min(entry.lease_end_s, entry.first_s + self.caps.hold_s))
+
+    def hand_back(self, receiver: MemoryReceiver) -> None:
+        """A polite close does not wait for a lease: all that `receiver` holds is there again, in order."""
+        for entry in sorted((e for e in self.held if e.holder is receiver), key=Entry.rank):
+            self.give_back(entry)
 
     def leave(self, receiver: MemoryReceiver) -> None:
         """The receiver's connection is gone, politely or not."""
@@ -537,10 +544,13 @@ class MemoryReceiver(Receiver):
 
     def settle(self, entry: Entry, disposition: Disposition) -> bool:
         assert self.store is not None
+        if disposition.kind == "release" and self.caps.release == "none":
+            return False  # it stays held; core never asks for this
         self.open.discard(entry)
         if disposition.kind == "accept":
             return self.store.accept(self, entry)
-        return self.store.release(self, entry, disposition.delay_s)
+        delay_s = disposition.delay_s if self.caps.release == "delay" else 0.0
+        return self.store.release(self, entry, delay_s)
 
     # --- the end
 
@@ -548,6 +558,8 @@ class MemoryReceiver(Receiver):
         self.stopped = True
 
     async def close(self) -> None:
+        if not self.session.lost and self.store is not None and self.caps.release != "none":
+            self.store.hand_back(self)
         self.lose()
 
     def lose(self) -> None:

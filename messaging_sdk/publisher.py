@@ -18,7 +18,7 @@ from .capabilities import Capabilities, HeaderRules, unmet
 from .config import seconds
 from .consumer import current
 from .destination import Destination
-from .errors import CapabilityError, InvalidMessage, MessagingError, Outcome, TooLarge, UsageError
+from .errors import CapabilityError, ConfigError, InvalidMessage, MessagingError, Outcome, TooLarge, UsageError
 from .model import NO_HEADERS, RESERVED_PREFIX, Outgoing
 from .pipeline import Middleware
 
@@ -110,6 +110,12 @@ class Outlet(Generic[T]):
             )
         return text
 
+    def _duration(self, what: str, value: float | str) -> float:
+        try:
+            return seconds(value, what)
+        except ConfigError as error:
+            raise InvalidMessage(f"{self.destination}: {error}", outcome=Outcome.REJECTED) from None
+
     def _options(
         self,
         message: Outgoing,
@@ -119,9 +125,9 @@ class Outlet(Generic[T]):
     ) -> None:
         wanted: dict[str, Any] = {}
         if delay is not None:
-            message.delay_s, wanted["delay"] = seconds(delay, "delay"), True
+            message.delay_s, wanted["delay"] = self._duration("delay", delay), True
         if ttl is not None:
-            message.ttl_s, wanted["ttl"] = seconds(ttl, "ttl"), True
+            message.ttl_s, wanted["ttl"] = self._duration("ttl", ttl), True
             if message.ttl_s <= 0:
                 raise InvalidMessage(f"{self.destination}: ttl must be over 0", outcome=Outcome.REJECTED)
         if priority is not None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from .config import BackendSettings, Settings, validated
+from .config import BACKEND_KEYS, BackendSettings, Settings, validated
 from .errors import ConfigError
 from .spi import Driver
 
@@ -45,6 +45,8 @@ def driver_class(scheme: str, where: str = "url") -> type[Driver]:
             f"{where}: the adapter for {scheme!r} needs {error.name!r}, which is not installed; "
             f"run: pip install '{package}[{extra}]'"
         ) from error
+    except ImportError as error:
+        raise ConfigError(f"{where}: the adapter for {scheme!r} cannot be loaded: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Driver)):
         raise ConfigError(f"{where}: entry point {point.name!r} = {point.value!r} is not a Driver class")
     return loaded
@@ -66,7 +68,7 @@ def make_driver(backend: BackendSettings, settings: Settings) -> Driver:
     """Build the driver of one backend, without I/O. ConfigError for a wrong option of it or of its destinations."""
     where = f"backends.{backend.name}"
     found = driver_class(backend.address.scheme, f"{where}.url")
-    options = validated(found.Options, backend.options, where)
+    options = validated(found.Options, backend.options, where, BACKEND_KEYS)
     destinations: dict[str, BaseModel] = {}
     for name, blocks in settings.destinations.items():
         if found.name in blocks and settings.backend_of(name) == backend.name:

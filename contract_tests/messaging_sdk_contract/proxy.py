@@ -30,9 +30,9 @@ class TcpProxy:
             for end in pair:
                 with suppress(OSError):
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-                    end.shutdown(socket.SHUT_RD)  # wakes our own recv; SHUT_WR would send FIN first
+            for end in pair:  # wakes both pumps, which close; SHUT_WR would send FIN first
                 with suppress(OSError):
-                    end.close()
+                    end.shutdown(socket.SHUT_RD)
         return len(pairs)
 
     def close(self) -> None:
@@ -68,7 +68,11 @@ class TcpProxy:
             while chunk := source.recv(CHUNK_BYTES):
                 sink.sendall(chunk)
         with self._lock:
+            was_cut = pair not in self._pairs
             self._pairs.discard(pair)
-        for end in pair:
-            with suppress(OSError):
-                end.close()
+        if not was_cut:
+            for end in pair:  # wakes the other pump
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        # Each pump closes only what it reads: a socket closed under another thread's recv stays open in the kernel.
+        source.close()

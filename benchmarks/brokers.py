@@ -1,0 +1,93 @@
+"""The brokers of a run: found by URL or started here; queues are made, filled and deleted on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from .job import Job
+
+URLS: Final = {"rabbitmq": "MESSAGING_TEST_RABBITMQ_URL", "nats": "MESSAGING_TEST_NATS_URL"}
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """One broker that is ready."""
+
+    name: str
+    url: str
+    version: str
+
+    async def prepare(self, job: Job) -> None:
+        """Make the job's queue by our provisioning, and for `consume` put its messages there.
+
+        Those for the raw client are published by it: our headers would cost it time that its users do not spend.
+        """
+        from . import ours
+
+        if job.work == "consume" and job.client not in ("usual", "best"):
+            await ours.fill(job)
+            return
+        await ours.provision(job)
+        if job.work != "consume":
+            return
+        if self.name == "nats":
+            from . import raw_nats
+
+            await raw_nats.fill(job)
+        else:
+            from . import raw_rabbitmq
+
+            raw_rabbitmq.fill(job)
+
+    async def remove(self, job: Job) -> None:
+        """Delete the job's queue, whatever is in it."""
+        if self.name == "nats":
+            import nats
+
+            client = await nats.connect(self.url)
+            await client.jetstream().delete_stream(job.stream)
+            await client.close()
+        else:
+            import pika
+
+            with pika.BlockingConnection(pika.URLParameters(self.url)) as connection:
+                connection.channel().queue_delete(job.name)
+
+
+@contextmanager
+def running(name: str) -> Iterator[Broker]:
+    """The broker `name`, at the URL in the environment or started here and ended with the block.
+
+    NATS is embedded as a child process; RabbitMQ runs in a container. Raises EngineMissing without an engine.
+    """
+    url = os.environ.get(URLS[name])
+    if url is not None:
+        yield Broker(name, url, _version(url))
+    elif name == "nats":
+        from messaging_sdk.cli.demo import embedded_server
+
+        with embedded_server() as url:
+            yield Broker(name, url, _version(url))
+    else:
+        from messaging_sdk_contract.live import start_service
+
+        service = start_service("rabbitmq43")
+        try:
+            url = "amqp://sdk:sdk@{}:{}".format(*service.address(5672))
+            service.wait_ready(lambda: _version(url))
+            yield Broker(name, url, _version(url))
+        finally:
+            service.remove()
+
+
+def _version(url: str) -> str:
+    """What the live server says it is; raises what connecting raises."""
+    import asyncio
+
+    from . import ours
+
+    return asyncio.run(ours.server_version(url))

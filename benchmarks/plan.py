@@ -1,0 +1,101 @@
+"""Which rows are measured, with how many messages, and what is asked of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from .job import Job
+
+SIZES: Final = (100, 1024)
+ROUNDS: Final = 5
+QUICK_ROUNDS: Final = 1
+QUICK_SIZES: Final = (100,)
+CLIENTS: Final = ("usual", "best", "ours", "ours_model", "faststream")
+WORKS: Final = ("publish_one", "publish_windowed", "consume", "latency")
+MODEL_WORKS: Final = ("publish_windowed", "consume")
+"""A pydantic model changes nothing else: its cost is per message, the other works' is the round trip."""
+
+_COUNTS: Final[Mapping[tuple[str, str], Mapping[str, int]]] = {
+    ("rabbitmq", "publish_one"): {"": 400},
+    ("rabbitmq", "publish_windowed"): {"": 6_000, "ours": 15_000, "ours_model": 15_000, "faststream": 1_500},
+    ("rabbitmq", "consume"): {"": 6_000, "ours": 15_000, "ours_model": 15_000, "faststream": 1_500},
+    ("rabbitmq", "latency"): {"": 200},
+    ("nats", "publish_one"): {"": 800},
+    ("nats", "publish_windowed"): {"": 10_000, "ours": 30_000, "ours_model": 30_000, "faststream": 3_000},
+    ("nats", "consume"): {"": 6_000, "ours": 30_000, "ours_model": 30_000, "faststream": 3_000},
+    ("nats", "latency"): {"": 300},
+    ("core", "publish_windowed"): {"": 60_000},
+    ("core", "consume"): {"": 60_000},
+}
+"""Messages per measurement, so that each takes 0.2 to 0.5 s on an idle machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What `measure` of ours has to be at most (or at least): its ratio to `client`'s, or itself where that is ""."""
+
+    measure: Literal["cpu_us", "rate", "p50_us"]
+    client: str
+    limit: float
+
+    @property
+    def at_least(self) -> bool:
+        return self.measure == "rate"
+
+    def is_met_by(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}{'x' if self.client else ' us'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One work at one size on one broker, by all clients."""
+
+    broker: str
+    work: str
+    size: int
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        if self.broker == "core":
+            return ("ours", "ours_model")
+        return tuple(c for c in CLIENTS if c != "ours_model" or self.work in MODEL_WORKS)
+
+    def job(self, client: str, url: str, name: str) -> Job:
+        counts = _COUNTS[self.broker, self.work]
+        return Job(self.broker, self.work, client, self.size, counts.get(client, counts[""]), url, name)
+
+    def targets(self, client: str) -> tuple[Target, ...]:
+        """What is asked of `client`, one of ours: the aims of the issue, and never slower than FastStream."""
+        if self.broker == "core":
+            return (Target("cpu_us", "", 2.5 if client == "ours" else 5.0),)
+        if self.work == "latency":
+            return Target("p50_us", "usual", 1.25), Target("p50_us", "faststream", 1.0)
+        faster = Target("rate", "faststream", 1.0)
+        if client == "ours_model":
+            return (faster,)
+        if self.work == "publish_one":
+            return Target("rate", "usual", 0.9), faster
+        return Target("cpu_us", "usual", _CPU_LIMITS[self.broker, self.work]), faster
+
+
+_CPU_LIMITS: Final = {
+    ("rabbitmq", "publish_windowed"): 0.25,
+    ("rabbitmq", "consume"): 0.8,
+    ("nats", "publish_windowed"): 0.25,
+    ("nats", "consume"): 0.2,
+}
+
+
+def rows(broker: str, sizes: Sequence[int] = SIZES) -> Iterator[Row]:
+    """The rows of `broker`, which may be "core"."""
+    if broker == "core":
+        yield from (Row("core", work, 100) for work in MODEL_WORKS)
+        return
+    for size in sizes:
+        for work in WORKS:
+            yield Row(broker, work, size)

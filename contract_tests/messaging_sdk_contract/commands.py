@@ -1,0 +1,342 @@
+"""What stands behind `messaging contract`, `doubles`, `flips` and `matrix`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from messaging_sdk.capabilities import FLAGS, NOTHING
+
+from . import matrix as cells
+from .discovery import all_profiles, checked_profile, harness_class
+from .driving import drive
+from .evidence import read, summary
+from .harness import Harness
+from .lab import KINDS, Lab
+from .parallel import run_kinds
+
+if TYPE_CHECKING:
+    from .plugin import Run
+
+HERE: Final = Path(__file__).parent
+USAGE: Final = 2
+PROCESSES: Final = 4
+"""Doubles tried at once: a case waits nine tenths of its time, so two cores take four."""
+
+LIVE_FLIPS: Final = ("count", "release", "ttl", "dedup_s", "route_error", "backlog", "groups")
+"""Flags that are measured within a second or two on any broker; memory flips every flag."""
+BEYOND: Final = ("fsync", "quorum")
+"""Values of ok_means that only a power cut could tell from page_cache: a flip to one goes unnoticed."""
+
+
+def contract(
+    adapter: str,
+    profile: str | None = None,
+    cases: str | None = None,
+    kinds: str | None = None,
+    evidence: Path | str | None = None,
+    propose: bool = False,
+    pytest_args: Sequence[str] = (),
+) -> int:
+    """Run the suite on one profile of an adapter, or on "all"; return the worst exit code.
+
+    A whole run takes one process per kind. `evidence` is a folder; each profile writes
+    `<adapter>-<profile>.jsonl` in it.
+    """
+    try:
+        harness = harness_class(adapter)
+        profiles = harness.profiles if profile == "all" else [checked_profile(harness, profile)]
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    if propose:
+        return max(_propose(harness(name)) for name in profiles)
+    worst = 0
+    for name in profiles:
+        args = ["--messaging-profile", name, *pytest_args]
+        if cases or kinds or pytest_args:
+            args += ["--messaging-cases", cases] if cases else []
+            args += ["--messaging-kinds", kinds] if kinds else []
+            worst = max(worst, int(pytest.main(_arguments(adapter, args))))
+        else:
+            worst = max(worst, _whole(adapter, name, args, evidence))
+    return worst
+
+
+def _whole(adapter: str, profile: str, args: Sequence[str], folder: Path | str | None) -> int:
+    """All kinds side by side, and at the end what they gave together."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch if folder is None else folder, f"{adapter}-{profile}.jsonl")
+        code = run_kinds([kind.name for kind in KINDS], _arguments(adapter, args), file)
+        lines = read(file) if file.exists() else []
+    print("\n".join(summary(lines)))
+    return code
+
+
+def _arguments(adapter: str, more: Sequence[str]) -> list[str]:
+    return [
+        "-c",
+        str(HERE / "kit.ini"),
+        "--rootdir",
+        str(HERE),
+        "-p",
+        "messaging_sdk_contract.plugin",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "--pyargs",
+        "messaging_sdk_contract.suites",
+        "--messaging-adapter",
+        adapter,
+        *more,
+    ]
+
+
+def _propose(harness: Harness) -> int:
+    """Print a Capabilities(...) per kind, with what was measured."""
+    from .probes import propose
+
+    harness.start()
+    try:
+        for kind in KINDS:
+            found = drive(_measured(Lab(harness, kind, random.randrange(1 << 32))), limit_s=600)
+            print(f"# {harness.name} / {harness.profile} / {kind.name}")
+            print("Capabilities(")
+            for flag, value in found.items():
+                unknown = isinstance(value, str) and value.startswith("? ")
+                print(f"    # {flag}: {value[2:]}" if unknown else f"    {flag}={value!r},")
+            print(")")
+    finally:
+        harness.stop()
+    del propose
+    return 0
+
+
+async def _measured(lab: Lab) -> Mapping[str, Any]:
+    from .probes import propose
+
+    try:
+        return await propose(lab)
+    finally:
+        await lab.close()
+
+
+# --- the suite on trial --------------------------------------------------------------------------
+
+
+class _Recorder:
+    """A pytest plugin that keeps the session's Run."""
+
+    run: Run | None = None
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from .plugin import run_of
+
+        self.run = run_of(session.config)
+
+
+def _silently(adapter: str, args: Sequence[str]) -> tuple[Run, str]:
+    """Run pytest without a word; return what it found and what it said. Raises RuntimeError if it broke."""
+    recorder, said = _Recorder(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = pytest.main(_arguments(adapter, ["-q", *args]), plugins=[recorder])
+    if recorder.run is None or int(code) > 1:
+        raise RuntimeError(f"pytest ended with {int(code)}:\n{said.getvalue()[-3000:]}")
+    return recorder.run, said.getvalue()
+
+
+def doubles() -> int:
+    """Run the suite against every flawed double; each must fail at a clause that is meant to catch it.
+
+    The honest adapter must pass all those clauses. Several processes, because most of it is waiting.
+    """
+    from .doubles import DOUBLES
+
+    began, survived = time.monotonic(), 0
+    honest = {(d.profile, c.split(".")[0].split("-")[0]): set[str]() for d in DOUBLES for c in d.clauses}
+    for profile, family in honest:
+        honest[profile, family] = {
+            c for d in DOUBLES for c in d.clauses if d.profile == profile and c.startswith(family)
+        }
+    width = max(len(d.name) for d in DOUBLES)
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        passing = [pool.submit(_honest, profile, ",".join(sorted(clauses))) for (profile, _), clauses in honest.items()]
+        verdicts = [pool.submit(_verdict, d.name) for d in DOUBLES]
+        for flawed, verdict in zip(DOUBLES, verdicts, strict=True):
+            caught, text = verdict.result()
+            survived += not caught
+            print(f"{flawed.name:<{width}}  {text}", flush=True)
+        failures = [text for job in passing if (text := job.result())]
+    for text in failures:
+        print(f"the honest memory adapter fails: {text}")
+    total = len(DOUBLES)
+    print(f"the honest adapter {'fails' if failures else 'passes'} all of these clauses")
+    print(f"in {time.monotonic() - began:.0f} s")
+    print(f"{total} doubles, {total - survived} caught, {survived} survived")
+    return 1 if survived or failures else 0
+
+
+def _honest(profile: str, clauses: str) -> str:
+    """What the honest adapter fails of `clauses`; empty if nothing."""
+    run, _ = _silently("memory", ["--messaging-cases", clauses, "--messaging-profile", profile])
+    return "; ".join(f"{line.case}[{line.kind}] {line.reason}" for line, _ in run.failures)
+
+
+def _verdict(name: str) -> tuple[bool, str]:
+    """Was the double caught, and by which clause with which words?"""
+    from .doubles import double
+
+    flawed = double(name)
+    args = ["--messaging-double", name, "--messaging-cases", ",".join(flawed.clauses)]
+    run, _ = _silently("memory", [*args, "--messaging-profile", flawed.profile, "--maxfail=1"])
+    for line, error in run.failures:
+        if _is_verdict(error):
+            return True, f"{line.case} [{line.kind}]  {line.reason[:100]}"
+    wrong = "; ".join(f"{line.case}: {line.reason}" for line, _ in run.failures)
+    return False, f"SURVIVED {', '.join(flawed.clauses)} {wrong}"
+
+
+def _is_verdict(error: type[BaseException] | None) -> bool:
+    """Did the case judge (an assertion, or an error of the SDK that it did not expect), or break?"""
+    from messaging_sdk import MessagingError
+
+    return error is not None and issubclass(
+        error, (AssertionError, MessagingError, TimeoutError, pytest.fail.Exception)
+    )
+
+
+def flips(adapter: str, profile: str | None = None) -> int:
+    """Declare every neighbouring value of every flag and demand that CAP-01 fails on every kind.
+
+    On a live adapter only LIVE_FLIPS, in one profile. A flag is flipped in every profile up to the
+    first that measures a promise of it wholly; one that no profile measures counts as survived.
+    """
+    try:
+        harness = harness_class(adapter)
+        profiles = [checked_profile(harness, profile)] if profile else all_profiles(harness)
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    in_process = adapter == "memory"
+    flags = list(FLAGS if in_process else LIVE_FLIPS)
+    began = time.monotonic()
+    planned: list[_Flip] = []
+    for name in profiles if in_process else profiles[:1]:
+        chosen = ",".join(f"CAP-01.{flag}" for flag in flags)
+        run, said = _silently(adapter, ["--messaging-profile", name, "--messaging-cases", chosen])
+        if run.failures:
+            print(f"{adapter} / {name} fails as it is:\n{said[-3000:]}")
+            return 1
+        found = [flip for flag in flags for flip in _planned(run, name, flag)]
+        planned += found
+        flags = [flag for flag in flags if not _promises(run, flag)]
+    flags = [flag for flag in flags if flag not in {flip.flag for flip in planned}]
+    total = sum(len(flip.kinds) for flip in planned) + len(flags)
+    survived = len(flags) + _try_all(adapter, planned, PROCESSES if in_process else 0)
+    for flag in flags:
+        print(f"{flag}: SURVIVED, no profile measures it")
+    print(f"in {time.monotonic() - began:.0f} s")
+    print(f"{total} flips, {total - survived} caught, {survived} survived")
+    return 1 if survived else 0
+
+
+def _promises(run: Run, flag: str) -> bool:
+    """Was the flag wholly measured where it promises something? Then other profiles add nothing."""
+    return any(value not in NOTHING for value in _measured_values(run, flag).values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Flip:
+    profile: str
+    flag: str
+    value: str
+    kinds: tuple[str, ...]
+    """Where the honest adapter declares a neighbour of `value`."""
+
+
+def _planned(run: Run, profile: str, flag: str) -> list[_Flip]:
+    from .flips import alternatives
+
+    honest = _measured_values(run, flag)
+    values = dict.fromkeys(v for have in honest.values() for v in alternatives(flag, have))
+    return [
+        _Flip(
+            profile,
+            flag,
+            value,
+            tuple(kind for kind, have in honest.items() if value in alternatives(flag, have)),
+        )
+        for value in values
+        if value not in BEYOND
+    ]
+
+
+def _try_all(adapter: str, planned: Sequence[_Flip], processes: int) -> int:
+    """Try all flips, in `processes` (0: in this one); return on how many kinds they went unnoticed."""
+    survived = 0
+    with ExitStack() as stack:
+        jobs: Iterator[list[str]]
+        if processes:
+            pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+            jobs = stack.enter_context(pool).map(partial(_unnoticed, adapter), planned)
+        else:
+            jobs = map(partial(_unnoticed, adapter), planned)
+        for flip, missed in zip(planned, jobs, strict=True):
+            survived += len(missed)
+            verdict = f"SURVIVED on {', '.join(missed)}" if missed else "caught"
+            where = f"{flip.profile}, {len(flip.kinds)} kinds"
+            print(f"{flip.flag}={flip.value:<20} {where:<20} {verdict}", flush=True)
+    return survived
+
+
+def _measured_values(run: Run, flag: str) -> dict[str, Any]:
+    """The declared value per kind, where the flag was wholly measured."""
+    return {
+        line.kind: getattr(run.capabilities[line.kind], flag)
+        for line in run.evidence
+        if line.case == f"CAP-01.{flag}" and line.outcome.startswith("pass") and "partly" not in line.measured
+    }
+
+
+def _unnoticed(adapter: str, flip: _Flip) -> list[str]:
+    """The kinds on which CAP-01 did not fail by its own judgement with the flipped declaration."""
+    run, _ = _silently(
+        adapter,
+        [
+            *("--messaging-profile", flip.profile),
+            *("--messaging-flip", f"{flip.flag}={flip.value}"),
+            *("--messaging-cases", f"CAP-01.{flip.flag}"),
+            *("--messaging-kinds", ",".join(flip.kinds)),
+        ],
+    )
+    caught = {line.kind for line, error in run.failures if _is_verdict(error)}
+    return [kind for kind in flip.kinds if kind not in caught]
+
+
+# --- the matrix ----------------------------------------------------------------------------------
+
+
+def matrix(evidence_dir: Path | str, format: str = "markdown", why: str | None = None) -> str:
+    """The capability matrix of the evidence as "markdown" or "json"; with why="adapter:flag" its reasons."""
+    try:
+        folded = cells.fold(cells.load(Path(evidence_dir)))
+        if why is not None:
+            adapter, _, flag = why.partition(":")
+            return cells.why(folded, adapter, flag)
+    except (FileNotFoundError, LookupError, ValueError) as error:
+        return str(error)
+    return cells.as_json(folded) if format == "json" else cells.markdown(folded)

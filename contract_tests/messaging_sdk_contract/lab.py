@@ -1,0 +1,276 @@
+"""What one case works with: fresh destinations of one kind, buses that are closed for it, and what it measured."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from messaging_sdk import Bus, Capabilities, Destination, Queue, Signal, Topic
+from messaging_sdk.capabilities import meets
+from messaging_sdk.config import from_mapping
+from messaging_sdk.registry import make_driver
+from messaging_sdk.spi import Driver
+
+from .harness import Harness
+
+_counter: Final = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One row of what an adapter can be asked for; with adapter and server it names a column of the matrix."""
+
+    name: str  # "queue", "queue/ordered", "topic", "topic/ordered", "signal"
+
+    @property
+    def tag(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def ordered(self) -> bool:
+        return self.name.endswith("/ordered")
+
+    @property
+    def settles(self) -> bool:
+        return self.tag != "signal"
+
+
+KINDS: Final = tuple(Kind(n) for n in ("queue", "queue/ordered", "topic", "topic/ordered", "signal"))
+
+
+def refusal_of(capabilities: Capabilities, kind: Kind) -> str:
+    """Why a backend that declares `capabilities` must refuse `kind`; empty if it must not."""
+    if "tag" in capabilities.notes:
+        return capabilities.notes["tag"]
+    for flag, needed in minimum(kind).items():
+        if not meets(flag, getattr(capabilities, flag), needed):
+            return f"{kind.name} needs {flag}={needed!r}: {capabilities.notes.get(flag, 'absent')}"
+    return ""
+
+
+def minimum(kind: Kind) -> dict[str, Any]:
+    """What makes a backend one that can offer `kind` at all."""
+    if not kind.settles:
+        return {}
+    needed: dict[str, Any] = {"settle": "individual", "lease": "timeout", "confirm": "received"}
+    needed |= {"groups": "durable"} if kind.tag == "topic" else {"backlog": True}
+    if kind.ordered:
+        needed |= {"order": "publisher", "order_redelivery": True, "order_competition": True}
+    return needed
+
+
+class NotRun(Exception):
+    """A third result beside pass and fail: the case could not be run, and why. Never counted as a pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One line of a ledger: what arrived, in which order, where. Never de-duplicated."""
+
+    body: bytes
+    id: str
+    key: str | None
+    attempt: int
+    deliveries: int | None
+    at_s: float
+    by: str = ""
+
+
+class Lab:
+    """One case on one kind of destination of one backend."""
+
+    def __init__(self, harness: Harness, kind: Kind, seed: int) -> None:
+        self.harness = harness
+        self.kind = kind
+        self.random = random.Random(seed)
+        self.measured: dict[str, Any] = {}
+        """Numbers for the evidence line."""
+        self.negative = False
+        """Set by `refused`: the case proved an honest "no"."""
+        self._made: list[Destination[Any]] = []
+        self._buses: list[Bus] = []
+        self._drivers: list[Driver] = []
+
+    # --- destinations
+
+    @property
+    def group(self) -> str | None:
+        """The group to consume with: "g1" on a Topic, None elsewhere."""
+        return "g1" if self.kind.tag == "topic" else None
+
+    def destination(
+        self,
+        type: type[Any] = bytes,
+        *,
+        key: str | Callable[[Any], str] | None = None,
+        groups: Sequence[str] = ("g1",),
+        name: str | None = None,
+    ) -> Destination[Any]:
+        """A destination of this case's kind with a name no other case or run has. Removed from the broker at the end.
+
+        Ordered kinds need a key; without `key` the part of the body before the first ":" is taken.
+        """
+        name = name or self.fresh_name()
+        if key is None and self.kind.ordered:
+            key = key_before_colon
+        made: Destination[Any]
+        if self.kind.tag == "queue":
+            made = Queue(name, type, key=key, ordered=self.kind.ordered)
+        elif self.kind.tag == "topic":
+            made = Topic(name, type, key=key, ordered=self.kind.ordered, groups=groups)
+        else:
+            made = Signal(name, type, key=key)
+        return self.track(made)
+
+    def track(self, destination: Destination[Any]) -> Destination[Any]:
+        """Have `destination` removed from the broker when the case ends."""
+        self._made.append(destination)
+        return destination
+
+    def fresh_name(self, stem: str = "t") -> str:
+        return f"{stem}{os.getpid():x}-{time.time_ns() // 1_000_000 % 0xFFFFFFF:x}-{next(_counter)}"
+
+    # --- buses and drivers
+
+    def bus(self, backend: Mapping[str, Any] | None = None, **options: Any) -> Bus:
+        """A Bus, not yet open, with everything routed to the backend under test. Closed when the case ends."""
+        table = dict(backend if backend is not None else self.harness.backend())
+        bus = Bus(from_mapping({"backends": {"test": table}, "routes": {"*": "test"}}), **options)
+        self._buses.append(bus)
+        return bus
+
+    async def open_bus(self, backend: Mapping[str, Any] | None = None, **options: Any) -> Bus:
+        bus = self.bus(backend, **options)
+        await bus.open()
+        return bus
+
+    async def driver(self, backend: Mapping[str, Any] | None = None) -> Driver:
+        """The adapter itself, opened, for what is measured below the Bus. Closed when the case ends."""
+        table = dict(backend if backend is not None else self.harness.backend())
+        settings = from_mapping({"backends": {"test": table}, "routes": {"*": "test"}})
+        driver = make_driver(settings.backends["test"], settings)
+        self._drivers.append(driver)
+        async with asyncio.timeout(30):
+            await driver.open()
+        return driver
+
+    async def capabilities(self) -> Capabilities:
+        """What the adapter declares for this kind, narrowed by the live server."""
+        driver = await self.driver()
+        return driver.capabilities(self.destination())
+
+    async def close(self) -> None:
+        """Close all that the case opened and delete all that it made; never raises."""
+        for bus in self._buses:
+            with suppress(Exception):
+                await bus.close(timeout_s=3)
+        for driver in self._drivers:
+            with suppress(Exception):
+                async with asyncio.timeout(3):
+                    await driver.close()
+        with suppress(Exception):
+            async with asyncio.timeout(10):
+                await self.harness.remove([*self._made, *_dead_letters(self._made)])
+
+    # --- consuming
+
+    @asynccontextmanager
+    async def collecting(
+        self,
+        bus: Bus,
+        destination: Destination[Any],
+        *,
+        group: str | None = None,
+        settle: bool = True,
+        by: str = "",
+        **options: Any,
+    ) -> AsyncIterator[list[Arrival]]:
+        """Consume in the background into the list that is yielded; with settle=False nothing is settled."""
+        arrivals: list[Arrival] = []
+        group = group if group is not None else (self.group if destination.tag == "topic" else None)
+        async with bus.consume(destination, group=group, **options) as stream:
+
+            async def collect() -> None:
+                async for message in stream:
+                    arrivals.append(
+                        Arrival(
+                            message.body,
+                            message.id,
+                            message.key,
+                            getattr(message, "attempt", 1),
+                            getattr(message, "deliveries", None),
+                            time.monotonic(),
+                            by,
+                        )
+                    )
+                    if settle and destination.settles:
+                        await message.ack()
+
+            task = asyncio.create_task(collect())
+            try:
+                yield arrivals
+            finally:
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def nothing_more(
+        self, send_sentinel: Callable[[], Awaitable[object]], arrivals: list[Arrival], seen: int, wait_s: float = 10.0
+    ) -> list[Arrival]:
+        """Silence that is known to be silence: wait `quiet_s`, send a sentinel, require it; return what came besides.
+
+        `seen` = how many arrivals were expected before; the sentinel is the last arrival with body b"sentinel" or
+        ending in b":sentinel".
+        """
+        await asyncio.sleep(self.harness.quiet_s)
+        await send_sentinel()
+        await eventually(
+            lambda: any(a.body.endswith(b"sentinel") for a in arrivals), wait_s, "the sentinel must arrive"
+        )
+        return [a for a in arrivals[seen:] if not a.body.endswith(b"sentinel")]
+
+    # --- results
+
+    def refused(self) -> None:
+        """Say that this run of the case proved the refusal, not the feature."""
+        self.negative = True
+
+    def not_run(self, reason: str) -> NoReturn:
+        raise NotRun(reason)
+
+    def require_fault(self, fault: Any) -> None:
+        if fault not in self.harness.faults:
+            self.not_run(f"the {self.harness.name} harness cannot provoke {fault!r}")
+
+
+def _dead_letters(destinations: Sequence[Destination[Any]]) -> list[Destination[Any]]:
+    """The dead-letter queues that consuming from `destinations` has made."""
+    made: list[Destination[Any]] = []
+    for destination in destinations:
+        if isinstance(destination, Topic):
+            made += [destination.dead_letters(group) for group in destination.groups]
+        elif isinstance(destination, Queue) and not destination.name.endswith(".dead"):
+            made.append(destination.dead_letters())
+    return made
+
+
+def key_before_colon(value: Any) -> str:
+    """Key of a test body: b"k1:17" -> "k1"; a body without a colon is its own key."""
+    text = value if isinstance(value, bytes) else str(value).encode()
+    return text.partition(b":")[0].decode("latin-1") or "k"
+
+
+async def eventually(condition: Callable[[], object], wait_s: float, what: str, poll_s: float = 0.01) -> None:
+    """Wait until `condition()` is true; AssertionError naming `what` after `wait_s`."""
+    deadline = time.monotonic() + wait_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {wait_s:g} s")
+        await asyncio.sleep(poll_s)

@@ -1,0 +1,78 @@
+"""The whole suite in one process per kind of destination, each with a broker of its own.
+
+A case waits far more than it works (leases, quiet windows, broker boots), so kinds side by side take a third of the
+time; a broker each, because the fault cases kill theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+POLL_S: Final = 0.2
+PROGRESS_S: Final = 30.0  # a reader of a CI log should not wonder whether it hangs
+LIMIT_S: Final = 1500.0  # five times what a kind takes on two busy cores
+
+
+def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path | None) -> int:
+    """pytest once per kind, at the same time; print each one's output when it ends; return the worst exit code."""
+    with tempfile.TemporaryDirectory(prefix="messaging-contract-") as name:
+        folder = Path(name)
+        children = {kind: _start(kind, arguments, folder) for kind in kinds}
+        codes = _await(children, folder)
+        if evidence is not None:
+            evidence.parent.mkdir(parents=True, exist_ok=True)
+            evidence.write_text("".join(_part(folder, kind).read_text() for kind in kinds if _part(folder, kind).exists()))
+    return max(codes.values())
+
+
+def _part(folder: Path, kind: str) -> Path:
+    return folder / f"{kind.replace('/', '-')}.jsonl"
+
+
+def _log(folder: Path, kind: str) -> Path:
+    return folder / f"{kind.replace('/', '-')}.log"
+
+
+def _start(kind: str, arguments: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    own = ["--messaging-kinds", kind, "--messaging-evidence", str(_part(folder, kind))]
+    with _log(folder, kind).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "--no-header", *arguments, *own],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+
+
+def _await(children: dict[str, subprocess.Popen[bytes]], folder: Path) -> dict[str, int]:
+    began, told = time.monotonic(), time.monotonic()
+    codes: dict[str, int] = {}
+    try:
+        while len(codes) < len(children):
+            for kind, child in children.items():
+                if kind not in codes and child.poll() is not None:
+                    codes[kind] = child.returncode
+                    print(f"\n== {kind}: after {time.monotonic() - began:.0f} s", flush=True)
+                    print(_log(folder, kind).read_text(errors="replace"), flush=True)
+            if time.monotonic() - told > PROGRESS_S and len(codes) < len(children):
+                told = time.monotonic()
+                waiting = ", ".join(k for k in children if k not in codes)
+                print(f"   ... {told - began:.0f} s, still running: {waiting}", flush=True)
+            if time.monotonic() - began > LIMIT_S:
+                print(f"stopped after {LIMIT_S:.0f} s", flush=True)
+                return {kind: codes.get(kind, 3) for kind in children}
+            time.sleep(POLL_S)
+        return codes
+    finally:
+        for child in children.values():
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)  # so that it removes its broker
