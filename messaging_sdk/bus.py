@@ -223,16 +223,17 @@ class Bus(Handlers):
         cancelled and that error raised here.
         """
         await self.open()
-        self._owner, self.failure = asyncio.current_task(), None
+        owner = asyncio.current_task()
+        self._owned_by(owner)
         started: list[Consumer] = []
         try:
             for registration in self.registrations:
                 started.append(await self._start_handler(registration))
             yield
         except asyncio.CancelledError:
-            if self.failure is None or self._owner is None:
+            if self.failure is None or owner is None:
                 raise
-            self._owner.uncancel()
+            owner.uncancel()
         finally:
             self._owner = None
             await self._stop_consumers(started, grace_s)
@@ -471,6 +472,9 @@ class Bus(Handlers):
         known = [c for c in consumers if c in self._consumers]
         if known:
             await asyncio.gather(*(stop(c) for c in known))
+
+    def _owned_by(self, task: asyncio.Task[Any] | None) -> None:
+        self._owner, self.failure = task, None
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None and self._owner is not None:

@@ -138,6 +138,7 @@ class Store:
         self.held: set[Entry] = set()
         self.receivers: list[MemoryReceiver] = []
         self.turn = 0
+        self.look_s = math.inf  # before this, nothing here runs out
         self.serials = itertools.count()
 
     def put(self, message: Outgoing) -> None:
@@ -147,6 +148,8 @@ class Store:
         else:
             entry = Entry(message, next(self.serials), now)
         self._wait(entry)
+        if self.caps.ttl:
+            self.look_s = min(self.look_s, entry.expires_s)
         self.offer()
 
     def _wait(self, entry: Entry) -> None:
@@ -180,15 +183,16 @@ class Store:
         if taken:
             gone = set(taken)
             self.waiting = [e for e in self.waiting if e not in gone]
+        end = math.inf
         for entry in taken:
             entry.deliveries += 1
             entry.first_s = now
             entry.holder = receiver
             entry.lease_end_s = now + self.caps.lease_s if self.caps.lease == "timeout" else math.inf
             self.held.add(entry)
-            end = min(entry.lease_end_s, entry.first_s + self.caps.hold_s)
-            if end < math.inf:
-                receiver.notify_at(end)
+            end = min(end, entry.lease_end_s, entry.first_s + self.caps.hold_s)
+        self.look_s = min(self.look_s, end)
+        receiver.notify_at(end)
         return taken
 
     def _keys_elsewhere(self, receiver: MemoryReceiver) -> frozenset[str | None]:
@@ -197,14 +201,23 @@ class Store:
     def expire(self) -> None:
         """Drop what outlived its ttl; take back what outlived its lease or hold."""
         now = time.monotonic()
+        if now < self.look_s:
+            return
         if self.caps.ttl:
             self.waiting = [e for e in self.waiting if e.expires_s > now]
-        if self.caps.lease == "timeout" or self.caps.hold_s < math.inf:
-            late = [e for e in self.held if min(e.lease_end_s, e.first_s + self.caps.hold_s) <= now]
-            for entry in sorted(late, key=Entry.rank):
-                self.give_back(entry)
-            if late:
-                self.offer()
+        late = [e for e in self.held if self._end(e) <= now]
+        for entry in sorted(late, key=Entry.rank):
+            self.give_back(entry)
+        ends = [*map(self._end, self.held), *(e.expires_s for e in self.waiting if self.caps.ttl)]
+        self.look_s = min(ends, default=math.inf)
+        for receiver in self.receivers:
+            receiver.notify_at(self.look_s)
+        if late:
+            self.offer()
+
+    def _end(self, entry: Entry) -> float:
+        """When a held entry is taken back."""
+        return min(entry.lease_end_s, entry.first_s + self.caps.hold_s)
 
     def accept(self, receiver: MemoryReceiver, entry: Entry) -> bool:
         """Settle as done; False if `receiver` no longer holds it."""
@@ -448,7 +461,7 @@ class MemoryReceiver(Receiver):
         self.stopped = False
         self.waiter: Future[None] | None = None
         self.store: Store | None = None
-        self.timers: set[asyncio.TimerHandle] = set()
+        self.alarm_s = 0.0  # when it looks again by itself, if that is to come
 
     # --- intake
 
@@ -513,8 +526,10 @@ class MemoryReceiver(Receiver):
             waiter.set_result(None)
 
     def notify_at(self, when_s: float) -> None:
-        if when_s < math.inf and not self.loop.is_closed():
-            delay = max(0.0, when_s - time.monotonic()) + 0.001
+        now = time.monotonic()
+        if when_s < math.inf and not now < self.alarm_s <= when_s and not self.loop.is_closed():
+            self.alarm_s = when_s
+            delay = max(0.0, when_s - now) + 0.001
             self.loop.call_soon_threadsafe(self.loop.call_later, delay, self._wake)
 
     # --- settling

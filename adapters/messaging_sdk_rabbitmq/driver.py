@@ -468,7 +468,10 @@ class Driver(DriverContract):
 
 
 def _is_usable(task: asyncio.Task[Wire]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None and task.result().lost is None
+    if not task.done() or task.cancelled() or task.exception() is not None:
+        return False
+    wire = task.result()
+    return wire.lost is None and bool(wire.is_open)  # closed comes first, why it was lost a moment later
 
 
 def _tls_context(options: Options) -> ssl.SSLContext:

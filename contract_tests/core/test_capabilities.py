@@ -99,7 +99,9 @@ def test_needs_that_are_not_stated_ask_for_nothing() -> None:
 
 
 def test_every_need_is_a_flag_of_the_same_name() -> None:
-    stated = Needs(confirm="stored", durable="kill", ok_means="fsync", count="exact", dedup_s=1.0, max_body=1, hold_s=1.0)
+    stated = Needs(
+        confirm="stored", durable="kill", ok_means="fsync", count="exact", dedup_s=1.0, max_body=1, hold_s=1.0
+    )
     assert {name for name, _ in stated.wanted()} <= set(FLAGS)
 
 

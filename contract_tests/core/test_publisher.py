@@ -308,7 +308,10 @@ def test_failures_are_listed_with_their_ids_and_outcomes() -> None:
             async with bus.publisher(QUEUE) as publisher:
                 ids = [await publisher.send(b) for b in (b"yes", b"no", b"?")]
             assert publisher.sent == 1
-            assert [(f.id, f.error.outcome) for f in publisher.failed] == [(ids[1], "rejected"), (ids[2], "indeterminate")]
+            assert [(f.id, f.error.outcome) for f in publisher.failed] == [
+                (ids[1], "rejected"),
+                (ids[2], "indeterminate"),
+            ]
 
     law(body)
 

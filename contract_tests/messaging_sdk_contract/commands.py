@@ -8,9 +8,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 HERE: Final = Path(__file__).parent
 USAGE: Final = 2
-PROCESSES: Final = 4
-"""Doubles tried at once: a case waits nine tenths of its time, so two cores take four."""
+PROCESSES: Final = 6
+"""Doubles tried at once: a case waits nine tenths of its time, so two cores take six."""
 
 LIVE_FLIPS: Final = ("count", "release", "ttl", "dedup_s", "route_error", "backlog", "groups")
 """Flags that are measured within a second or two on any broker; memory flips every flag."""
@@ -67,6 +67,12 @@ def contract(
         return max(_propose(harness(name)) for name in profiles)
     worst = 0
     for name in profiles:
+        if not (cases or kinds or pytest_args):
+            arguments = _arguments(adapter, ["--messaging-profile", name])
+            file = None if evidence is None else Path(evidence, f"{adapter}-{name}.jsonl")
+            print(f"{adapter} / {name}: one process and one broker per kind of destination", flush=True)
+            worst = max(worst, run_kinds([kind.name for kind in KINDS], arguments, file))
+            continue
         args = ["--messaging-profile", name, *pytest_args]
         if cases or kinds or pytest_args:
             args += ["--messaging-cases", cases] if cases else []
@@ -233,20 +239,26 @@ def flips(adapter: str, profile: str | None = None) -> int:
         return USAGE
     in_process = adapter == "memory"
     flags = list(FLAGS if in_process else LIVE_FLIPS)
+    profiles = profiles if in_process else profiles[:1]
     began = time.monotonic()
-    planned: list[_Flip] = []
-    for name in profiles if in_process else profiles[:1]:
-        chosen = ",".join(f"CAP-01.{flag}" for flag in flags)
-        run, said = _silently(adapter, ["--messaging-profile", name, "--messaging-cases", chosen])
-        if run.failures:
-            print(f"{adapter} / {name} fails as it is:\n{said[-3000:]}")
-            return 1
-        found = [flip for flag in flags for flip in _planned(run, name, flag)]
-        planned += found
-        flags = [flag for flag in flags if not _promises(run, flag)]
-    flags = [flag for flag in flags if flag not in {flip.flag for flip in planned}]
-    total = sum(len(flip.kinds) for flip in planned) + len(flags)
-    survived = len(flags) + _try_all(adapter, planned, PROCESSES if in_process else 0)
+    with _workers(PROCESSES if in_process else 0) as map_all:
+        honest = list(map_all(partial(_measured_honestly, adapter, flags), profiles))
+        planned: list[_Flip] = []
+        for name, (values, wrong) in zip(profiles, honest, strict=True):
+            if wrong:
+                print(f"{adapter} / {name} fails as it is: {wrong}")
+                return 1
+            planned += [flip for flag in flags for flip in _planned(name, flag, values[flag])]
+            # where a flag was wholly measured and promises something, other profiles add nothing
+            flags = [f for f in flags if all(v in NOTHING for v in values[f].values())]
+        flags = [flag for flag in flags if flag not in {flip.flag for flip in planned}]
+        total = sum(len(flip.kinds) for flip in planned) + len(flags)
+        survived = len(flags)
+        for flip, missed in zip(planned, map_all(partial(_unnoticed, adapter), planned), strict=True):
+            survived += len(missed)
+            verdict = f"SURVIVED on {', '.join(missed)}" if missed else "caught"
+            what, where = f"{flip.flag}={flip.value}", f"{flip.profile}, {len(flip.kinds)} kinds"
+            print(f"{what:<28} {where:<20} {verdict}", flush=True)
     for flag in flags:
         print(f"{flag}: SURVIVED, no profile measures it")
     print(f"in {time.monotonic() - began:.0f} s")
@@ -254,9 +266,14 @@ def flips(adapter: str, profile: str | None = None) -> int:
     return 1 if survived else 0
 
 
-def _promises(run: Run, flag: str) -> bool:
-    """Was the flag wholly measured where it promises something? Then other profiles add nothing."""
-    return any(value not in NOTHING for value in _measured_values(run, flag).values())
+@contextmanager
+def _workers(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over that many processes; the plain one for 0, where each run has a broker to boot."""
+    if not processes:
+        yield map
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield pool.map
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +285,9 @@ class _Flip:
     """Where the honest adapter declares a neighbour of `value`."""
 
 
-def _planned(run: Run, profile: str, flag: str) -> list[_Flip]:
+def _planned(profile: str, flag: str, honest: Mapping[str, Any]) -> list[_Flip]:
     from .flips import alternatives
 
-    honest = _measured_values(run, flag)
     values = dict.fromkeys(v for have in honest.values() for v in alternatives(flag, have))
     return [
         _Flip(
@@ -285,31 +301,17 @@ def _planned(run: Run, profile: str, flag: str) -> list[_Flip]:
     ]
 
 
-def _try_all(adapter: str, planned: Sequence[_Flip], processes: int) -> int:
-    """Try all flips, in `processes` (0: in this one); return on how many kinds they went unnoticed."""
-    survived = 0
-    with ExitStack() as stack:
-        jobs: Iterator[list[str]]
-        if processes:
-            pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-            jobs = stack.enter_context(pool).map(partial(_unnoticed, adapter), planned)
-        else:
-            jobs = map(partial(_unnoticed, adapter), planned)
-        for flip, missed in zip(planned, jobs, strict=True):
-            survived += len(missed)
-            verdict = f"SURVIVED on {', '.join(missed)}" if missed else "caught"
-            where = f"{flip.profile}, {len(flip.kinds)} kinds"
-            print(f"{flip.flag}={flip.value:<20} {where:<20} {verdict}", flush=True)
-    return survived
-
-
-def _measured_values(run: Run, flag: str) -> dict[str, Any]:
-    """The declared value per kind, where the flag was wholly measured."""
-    return {
-        line.kind: getattr(run.capabilities[line.kind], flag)
-        for line in run.evidence
-        if line.case == f"CAP-01.{flag}" and line.outcome.startswith("pass") and "partly" not in line.measured
-    }
+def _measured_honestly(adapter: str, flags: Sequence[str], profile: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """Per flag the declared value on each kind where it was wholly measured; and what failed, if anything."""
+    chosen = ",".join(f"CAP-01.{flag}" for flag in flags)
+    run, _ = _silently(adapter, ["--messaging-profile", profile, "--messaging-cases", chosen])
+    found: dict[str, dict[str, Any]] = {flag: {} for flag in flags}
+    for line in run.evidence:
+        if line.outcome.startswith("pass") and "partly" not in line.measured:
+            flag = line.case.removeprefix("CAP-01.")
+            found[flag][line.kind] = getattr(run.capabilities[line.kind], flag)
+    wrong = "; ".join(f"{line.case}[{line.kind}] {line.reason}" for line, _ in run.failures)
+    return found, wrong
 
 
 def _unnoticed(adapter: str, flip: _Flip) -> list[str]:

@@ -87,7 +87,7 @@ class Harness(kit.Harness):
         if destination.tag == "signal":
             listener = _Listener(found)
             self.broker.listeners.setdefault(destination.name, []).append(cast("Any", listener))
-            while len(found) < count and time.monotonic() < deadline:
+            while len(found) < count and time.monotonic() < deadline:  # noqa: ASYNC110  # as below
                 await asyncio.sleep(0.01)
             return found
         while len(found) < count and time.monotonic() < deadline:

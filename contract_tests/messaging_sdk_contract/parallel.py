@@ -29,7 +29,9 @@ def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path | N
         codes = _await(children, folder)
         if evidence is not None:
             evidence.parent.mkdir(parents=True, exist_ok=True)
-            evidence.write_text("".join(_part(folder, kind).read_text() for kind in kinds if _part(folder, kind).exists()))
+            evidence.write_text(
+                "".join(_part(folder, kind).read_text() for kind in kinds if _part(folder, kind).exists())
+            )
     return max(codes.values())
 
 

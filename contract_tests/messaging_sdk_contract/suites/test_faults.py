@@ -98,7 +98,10 @@ async def test_flt_02_a_cut_with_work_in_flight_returns_it(lab: Lab) -> None:
             running.set()
         await goes_on.wait()
 
-    first, later = series(destination, 5, keys=[f"k{n}" for n in range(5)], start=100), spread(destination, 20)
+    first, later = (
+        series(destination, 5, keys=[f"k{n}" for n in range(5)], start=100),
+        series(destination, 20, start=200),
+    )
     async with handling(lab, destination, handle, faulty=True, concurrency=5) as bus:
         await publish_all(bus, destination, first)
         async with asyncio.timeout(WAIT_S):
