@@ -43,11 +43,11 @@ def main() -> None:
         report = Report.new(rounds, {broker.name: broker.version for broker in live})
         _measure(report, live, rounds, plan.QUICK_SIZES if asked.quick else plan.SIZES)
     report.end(time.monotonic() - began_s)
-    print_tables(report, console)
-    if not (asked.quick or asked.only):
+    if not (asked.quick or asked.only):  # before the tables: whatever goes wrong there, the samples are kept
         for path in (RESULTS / f"{report.date}.json", RESULTS / "latest.json"):
             report.write(path)
-        console.print(f"written: benchmarks/results/{report.date}.json and latest.json")
+            console.print(f"written: {path}", highlight=False)
+    print_tables(report, console)
 
 
 def _arguments() -> argparse.Namespace:

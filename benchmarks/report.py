@@ -160,21 +160,20 @@ def print_tables(report: Report, console: Console) -> None:
         found = [row for row in report.measured() if row.broker == broker]
         if found:
             console.print(_table(report, title, found))
-    verdicts = [
-        met
-        for row in report.measured()
-        for c in row.clients
-        if c.startswith("ours")
-        for *_, met in report.judged(row, c)
-    ]
+    ours = [(row, client) for row in report.measured() for client in row.clients if client.startswith("ours")]
+    verdicts = [verdict.met for row, client in ours for verdict in report.judged(row, client)]
     versions = ", ".join(v if n in BROKERS else f"{n} {v}" for n, v in report.versions.items())
     console.print(f"{versions}; {report.machine['processor']}, {report.machine['cores']} cores", highlight=False)
+    machine, met = report.machine, sum(verdicts)
+    load = f"{machine['load_before']:.1f} to {machine.get('load_after', '?')}"
     console.print(
-        f"{report.rounds} rounds in {report.seconds:.0f} s, medians; ratios are taken within a round; a target is met if the "
-        f"median and 4 of 5 rounds meet it. Load {report.machine['load_before']} to {report.machine.get('load_after')}. "
-        f"Targets: {sum(verdicts)} met, {len(verdicts) - sum(verdicts)} not met.",
+        f"{report.rounds} rounds in {report.seconds:.0f} s, load {load}. "
+        "Medians; ratios are taken within a round; met = by the median and by 4 of 5 rounds. "
+        f"Targets: {met} met, {len(verdicts) - met} not met.",
         highlight=False,
     )
+    if "note" in machine:
+        console.print(machine["note"], style="red", highlight=False)
 
 
 def _table(report: Report, title: str, found: list[Row]) -> Table:
@@ -220,6 +219,7 @@ def markdown(report: Report) -> str:
     brokers = ", ".join(report.versions[n] for n in ("rabbitmq", "nats") if n in report.versions)
     clients = ", ".join(f"{n} {report.versions[n]}" for n in ("pika", "nats-py", "faststream"))
     lines = [
+        *([f"**{report.machine['note']}**", ""] if "note" in report.machine else []),
         f"Measured {report.date}: {brokers}, {clients}, Python {report.versions['python']}, "
         f"{report.machine['processor']} with {report.machine['cores']} cores; medians of {report.rounds} rounds.",
         "",

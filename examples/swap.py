@@ -1,8 +1,8 @@
 """One program, any backend: the broker is chosen by `MESSAGING_ENV` (see swap.toml), never by the code.
 
-    python examples/swap.py                           # memory
-    MESSAGING_ENV=nats python examples/swap.py        # a NATS server on its usual port
-    MESSAGING_ENV=rabbitmq python examples/swap.py    # a RabbitMQ on its usual port
+python examples/swap.py                           # memory
+MESSAGING_ENV=nats python examples/swap.py        # a NATS server on its usual port
+MESSAGING_ENV=rabbitmq python examples/swap.py    # a RabbitMQ on its usual port
 """
 
 import asyncio

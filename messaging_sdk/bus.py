@@ -595,9 +595,11 @@ class Bus(Handlers):
 
     def _forked(self) -> None:
         """In the child of a fork: nothing of the parent's connections may be touched."""
-        if self._state == "open":
+        if self._state == "open" or (self._state == "new" and self._opening is not None):
             for consumer in self._consumers:
                 consumer.failure = UsageError("this consumer belongs to the parent process; start it in the child")
+            for outlet in self._outlets.values():
+                outlet.disown()
             self._reset()
 
 

@@ -161,6 +161,7 @@ class Needs:
     emulation: Literal["allow", "forbid"] = "allow"
 
     def wanted(self) -> Iterator[tuple[str, Any]]:
+        """Every stated need as (flag, value)."""
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name != "emulation" and value is not None:

@@ -82,8 +82,8 @@ def _json_codec(type_: type[T]) -> Codec[T]:
         try:
             if plain:
                 return to_json(value)
-            # Not an instance check, so pydantic must find a wrong value; by default it is sent, and quoted in a warning.
-            return to_json(value, warnings="error")  # costs 4 us, so not where the instance was checked
+            # No instance check is possible: pydantic must refuse, which costs 4 us; else it sends and quotes the value.
+            return to_json(value, warnings="error")
         except Exception as error:  # a model's own serializer may raise anything
             raise InvalidMessage(f"this {name} cannot be turned into JSON: {type(error).__name__}") from error
 

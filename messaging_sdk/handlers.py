@@ -167,6 +167,7 @@ def check_failure(destination: Destination[Any], on_failure: object, max_deliver
 
 
 def check_window(destination: Destination[Any], window: int | None, concurrency: int) -> int:
+    """The window to consume with; UsageError for one that `concurrency` handlers would not fit into."""
     if window is None:
         return max(DEFAULT_WINDOW, 2 * concurrency)
     if not isinstance(window, int) or window < concurrency:
@@ -215,7 +216,7 @@ def _hints(handler: Callable[..., Any]) -> Mapping[str, Any]:
 
 def _check_value_hint(name: str, hint: Any, destination: Destination[Any]) -> None:
     wanted: Any = destination.type
-    if isinstance(hint, type) and isinstance(wanted, type) and not issubclass(wanted, hint):
+    if hint is not Any and isinstance(hint, type) and isinstance(wanted, type) and not issubclass(wanted, hint):
         raise UsageError(
             f"{name} takes a {hint.__name__}, but {destination} carries {wanted.__name__}; annotate the same type"
         )

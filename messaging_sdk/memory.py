@@ -379,6 +379,8 @@ _brokers: Final[dict[tuple[type[Broker], str], Broker]] = {}
 
 
 class MemorySender(Sender):
+    """Stores each message before `send_batch` returns."""
+
     max_in_flight = 2
 
     def __init__(self, driver: Driver, destination: Destination[Any], caps: Capabilities) -> None:
@@ -441,6 +443,8 @@ class MemorySender(Sender):
 
 
 class MemoryReceiver(Receiver):
+    """Takes from the store of a queue or group, or overhears a signal."""
+
     def __init__(
         self,
         driver: Driver,
@@ -740,12 +744,13 @@ def forget(names: Iterable[str]) -> None:
 
 def _profile(name: str) -> AbstractDriver:
     """A driver of adapter `name`, never opened, only asked what it declares."""
-    from .registry import adapters, driver_by_name
+    from .registry import adapters, driver_class, scheme_of
 
-    found = driver_by_name(name)
-    if found is None or found.name == "memory":
+    scheme = scheme_of(name)
+    if scheme is None or name == "memory":
         raise ConfigError(
             f"memory profile {name!r}: no installed adapter has that name; installed schemes: "
             f"{', '.join(sorted(adapters()))}"
         )
-    return found(Address(name, (("127.0.0.1", None),)), found.Options(), {})
+    found = driver_class(scheme)
+    return found(Address(scheme, (("127.0.0.1", None),)), found.Options(), {})

@@ -161,6 +161,7 @@ class Message(Generic[T]):
 
     @property
     def meta(self) -> Meta:
+        """All that arrived beside the body, the SDK's own headers included; decoded on first use."""
         meta = self._meta
         if not isinstance(meta, Meta):
             meta = self._meta = meta()
@@ -179,10 +180,12 @@ class Message(Generic[T]):
 
     @property
     def content_type(self) -> str | None:
+        """The publisher's content type; None for a foreign message without one."""
         return self.meta.content_type
 
     @property
     def correlation_id(self) -> str | None:
+        """What ties messages of one conversation together; None if the publisher gave none."""
         return self.meta.correlation_id
 
     @property

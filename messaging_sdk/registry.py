@@ -52,16 +52,21 @@ def driver_class(scheme: str, where: str = "url") -> type[Driver]:
     return loaded
 
 
-def driver_by_name(name: str) -> type[Driver] | None:
-    """The Driver class whose `name` is `name`, or None if no such adapter (with its client) is installed."""
+def scheme_of(name: str) -> str | None:
+    """A URL scheme of the adapter whose Driver has this `name`; None if it (with its client) is not installed."""
     for scheme in (*_registered, *adapters()):
         try:
-            found = driver_class(scheme)
+            if driver_class(scheme).name == name:
+                return scheme
         except ConfigError:
             continue
-        if found.name == name:
-            return found
     return None
+
+
+def driver_by_name(name: str) -> type[Driver] | None:
+    """The Driver class whose `name` is `name`, or None if no such adapter (with its client) is installed."""
+    scheme = scheme_of(name)
+    return None if scheme is None else driver_class(scheme)
 
 
 def make_driver(backend: BackendSettings, settings: Settings) -> Driver:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar, overload
@@ -32,6 +33,7 @@ T = TypeVar("T")
 M = TypeVar("M")
 
 SLACK_S: Final = 5.0  # how much longer than the async call's own bound a thread waits before it gives up
+_buses: Final[weakref.WeakSet[Bus]] = weakref.WeakSet()
 
 
 class Bus(Handlers):
@@ -51,7 +53,7 @@ class Bus(Handlers):
         self.registrations = self._bus.registrations
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
-        self._pid = os.getpid()
+        _buses.add(self)
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str], *, env: str | None = None, **options: Any) -> Bus:
@@ -83,7 +85,8 @@ class Bus(Handlers):
         """See messaging_sdk.Bus.close. Ends the loop thread."""
         with self._lock:
             thread, self._thread = self._thread, None
-        if thread is None or self._pid != os.getpid():
+        if thread is None:
+            self._bus._state = "closed"  # nothing of this process is open
             return
         try:
             thread.submit(self._bus.close(timeout_s), timeout_s + SLACK_S)
@@ -189,17 +192,29 @@ class Bus(Handlers):
         """See messaging_sdk.Bus.stats."""
         return self._bus.stats(destination, group)
 
+    @property
+    def idle(self) -> bool:
+        """See messaging_sdk.Bus.idle."""
+        return self._bus.idle
+
+    def held(self, destination: Destination[Any]) -> int:
+        """See messaging_sdk.Bus.held."""
+        return self._bus.held(destination)
+
     def __repr__(self) -> str:
         return f"sync.{self._bus!r}"
 
     def _home(self) -> LoopThread:
         """The loop thread, started on first use; a forked child gets one of its own."""
-        if self._thread is None or self._pid != os.getpid():
-            with self._lock if self._pid == os.getpid() else threading.Lock():
-                if self._thread is None or self._pid != os.getpid():
-                    self._lock, self._pid = threading.Lock(), os.getpid()
-                    self._thread = LoopThread("messaging-bus")
-        return self._thread
+        thread = self._thread
+        if thread is None:
+            with self._lock:
+                thread = self._thread = self._thread or LoopThread("messaging-bus")
+        return thread
+
+    def _forked(self) -> None:
+        """In the child of a fork: the thread was not copied, and nobody is left to let go of the lock."""
+        self._lock, self._thread = threading.Lock(), None
 
     def _call(self, work: Coroutine[Any, Any, M], wait_s: float | None) -> M:
         thread = self._home()
@@ -207,6 +222,14 @@ class Bus(Handlers):
             work.close()
             raise UsageError("messaging_sdk.sync was called on its own loop thread; use the async Bus there")
         return thread.submit(work, None if wait_s is None else wait_s + SLACK_S)
+
+
+def _after_fork() -> None:
+    for bus in list(_buses):
+        bus._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 async def _entered(bus: _async.Bus, grace_s: float) -> Callable[[], Coroutine[Any, Any, None]]:
@@ -322,18 +345,37 @@ class Delivery(Generic[T]):
         self.key = delivery.key
         self.attempt = delivery.attempt
         self.deliveries = delivery.deliveries
+        self.redelivered = delivery.redelivered
 
     @property
     def headers(self) -> Mapping[str, str]:
+        """See messaging_sdk.Message.headers."""
         return self._delivery.headers
 
     @property
     def provenance(self) -> Mapping[str, str]:
+        """See messaging_sdk.Message.provenance."""
         return self._delivery.provenance
 
     @property
     def correlation_id(self) -> str | None:
+        """See messaging_sdk.Message.correlation_id."""
         return self._delivery.correlation_id
+
+    @property
+    def content_type(self) -> str | None:
+        """See messaging_sdk.Message.content_type."""
+        return self._delivery.content_type
+
+    @property
+    def created_s(self) -> float | None:
+        """See messaging_sdk.Message.created_s."""
+        return self._delivery.created_s
+
+    @property
+    def settled(self) -> bool:
+        """Was it settled, or handed back?"""
+        return self._delivery.settled
 
     def ack(self) -> None:
         """See messaging_sdk.Delivery.ack."""
@@ -387,6 +429,11 @@ class Stream(Generic[M]):
         """See messaging_sdk.Stream.take."""
         found = self._bus._call(self._stream.take(max_deliveries, wait_s), wait_s)
         return [self._wrapped(m) for m in found]
+
+    def ack(self, deliveries: Iterable[M]) -> None:
+        """See messaging_sdk.Stream.ack."""
+        mine = [d._delivery for d in deliveries if isinstance(d, Delivery)]
+        self._bus._call(self._stream.ack(mine), self._bus._bus.timeout_s)
 
     def _wrapped(self, message: Any) -> M:
         wrapped: Any = Delivery(self._bus, message) if isinstance(message, AsyncDelivery) else message

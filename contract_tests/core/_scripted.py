@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from _drive import fresh
 from pydantic import BaseModel
 
 from messaging_sdk import Bus, ConnectionLost, Delivery, Destination, MessagingError, Queue, Retry
@@ -19,8 +20,6 @@ from messaging_sdk.model import SENT, Message, Outgoing, SendResult, Session, in
 from messaging_sdk.registry import register
 from messaging_sdk.retry import Retry as RetryPolicy
 from messaging_sdk.spi import Disposition, OnOutcomes, OnRevoke, Provision, Receiver, Sender
-
-from _drive import fresh
 
 # --- sending
 

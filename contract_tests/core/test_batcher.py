@@ -514,7 +514,7 @@ STEPS = st.lists(st.sampled_from(["ok", "hold", "reject", "lose", "not taken"]),
 
 
 @given(STEPS, st.integers(1, 25), st.integers(1, 4), st.integers(1, 3))
-def test_whatever_connections_do_each_message_ends_once_and_acceptance_keeps_the_order(
+def test_whatever_connections_do_each_message_ends_once_and_acceptance_keeps_the_order(  # noqa: C901
     steps: list[str], count: int, max_batch: int, max_in_flight: int
 ) -> None:
     accepted: list[str] = []

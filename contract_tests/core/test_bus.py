@@ -95,7 +95,7 @@ def test_a_retry_policy_longer_than_a_delivery_may_be_held_is_refused_before_io(
         @bus.on(QUEUE, retry=Retry(5, "1m"))
         async def take(value: bytes) -> None: ...
 
-        with pytest.raises(CapabilityError, match="hold_s=.*retry policy"):
+        with pytest.raises(CapabilityError, match=r"hold_s=.*retry policy"):
             await bus.open()
         assert kind.made[0].calls == []
 
@@ -765,6 +765,28 @@ def test_an_opened_bus_starts_anew_in_the_child_and_touches_nothing_of_the_paren
         home.run(bus.close())
 
 
+def test_a_bus_that_is_just_opening_opens_anew_in_the_child() -> None:
+    parent = os.getpid()
+
+    class Slow(RecordingDriver):
+        async def open(self) -> None:
+            if os.getpid() == parent:
+                await never()
+            await RecordingDriver.open(self)
+
+    bus = Bus(recording(open=Slow.open)[0])
+    with asyncio.Runner() as home:
+
+        async def begin() -> asyncio.Task[Any]:
+            task = asyncio.create_task(bus.publish(QUEUE, b"x"))
+            await turns()
+            return task
+
+        task = home.run(begin())
+        in_child(lambda: asyncio.run(asyncio.wait_for(bus.publish(QUEUE, b"child"), 5)) and None)
+        task.cancel()
+
+
 def test_a_consumer_of_the_parent_raises_in_the_child() -> None:
     bus = memory()
     with asyncio.Runner() as home:
@@ -777,4 +799,23 @@ def test_a_consumer_of_the_parent_raises_in_the_child() -> None:
                 asyncio.run(asyncio.wait_for(stream.__anext__(), 5))
 
         in_child(child)
+        home.run(bus.close())
+
+
+def test_a_publisher_of_the_parent_raises_in_the_child_and_sends_nothing() -> None:
+    url, kind = recording()
+    bus = Bus(url)
+    with asyncio.Runner() as home:
+        publisher = bus.publisher(QUEUE)
+        home.run(publisher.__aenter__())
+        home.run(publisher.send(b"parent"))
+
+        def child() -> None:
+            (sender,) = kind.made[0].senders
+            sender.send_batch = lambda *_: pytest.fail("the parent's connection was used")  # type: ignore[method-assign]
+            with pytest.raises(UsageError, match="belongs to"):
+                asyncio.run(publisher.send(b"child"))
+
+        in_child(child)
+        home.run(publisher.send(b"parent again"))
         home.run(bus.close())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_an_absent_file_is_refused_with_its_path(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_toml_is_refused_with_the_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not TOML.*line 2"):
+    with pytest.raises(ConfigError, match=r"is not TOML.*line 2"):
         from_file(toml(tmp_path, "[backends]\nwork = = 1"))
 
 
@@ -110,7 +111,7 @@ def test_url_and_config_together_are_refused(tmp_path: Path) -> None:
 
 def test_no_configuration_at_all_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="MESSAGING_URL or MESSAGING_CONFIG, or write messaging.toml"):
+    with pytest.raises(ConfigError, match=r"MESSAGING_URL or MESSAGING_CONFIG, or write messaging.toml"):
         from_env({})
 
 
@@ -176,17 +177,17 @@ def test_an_unknown_option_of_a_url_names_the_nearest_valid_one() -> None:
 
 
 def test_all_wrong_keys_of_a_backend_come_together() -> None:
-    with pytest.raises(ConfigError, match="relase.*cuont"):
+    with pytest.raises(ConfigError, match=r"relase.*cuont"):
         Bus("memory://x?relase=now&cuont=exact")
 
 
 def test_an_unknown_scheme_names_the_installed_ones() -> None:
-    with pytest.raises(ConfigError, match="scheme 'kafka'; installed: .*amqp.*memory.*nats"):
+    with pytest.raises(ConfigError, match=r"scheme 'kafka'; installed: .*amqp.*memory.*nats"):
         Bus("kafka://x")
 
 
 def test_a_key_both_in_the_url_and_in_the_table_is_refused() -> None:
-    with pytest.raises(ConfigError, match="release stand.* both"):
+    with pytest.raises(ConfigError, match=r"release stand.* both"):
         from_mapping(config(backends={"main": {"url": "memory://x?release=now", "release": "none"}}))
 
 
@@ -309,10 +310,8 @@ def test_percent_encoded_credentials_come_out_as_they_went_in(
 
 @given(st.text())
 def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
-    try:
+    with suppress(ConfigError):
         assert isinstance(parse_address(text), Address)
-    except ConfigError:
-        pass
 
 
 @pytest.mark.parametrize(

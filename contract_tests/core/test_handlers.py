@@ -108,7 +108,7 @@ def test_what_a_plain_function_gives_to_be_awaited_is_awaited_before_the_message
         async def real(order: Order) -> None:
             seen.append(order.id)
 
-        bus.on(QUEUE)(lambda order: real(order))
+        bus.on(QUEUE)(lambda order: real(order))  # the lambda is the point
 
     assert drive(seen_by(register)) == ["o1"]
 

@@ -74,7 +74,7 @@ def test_an_adapter_that_refuses_its_installed_client_is_a_config_error(
     (tmp_path / "adapter_of_old_client.py").write_text("raise ImportError('client 1.0 is too old; install client>=2')")
     monkeypatch.syspath_prepend(tmp_path)
     scheme = broken_entry(monkeypatch, "adapter_of_old_client:Driver")
-    with pytest.raises(ConfigError, match="client 1.0 is too old"):
+    with pytest.raises(ConfigError, match=r"client 1\.0 is too old"):
         Bus(f"{scheme}://x")
 
 

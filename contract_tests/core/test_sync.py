@@ -197,6 +197,22 @@ def test_one_bus_publishes_from_many_threads() -> None:
         assert got == sent
 
 
+def test_threads_that_use_the_bus_first_at_once_share_one_loop_thread() -> None:
+    for _ in range(10):
+        bus, start = memory(), threading.Barrier(6)
+
+        def first(bus: Bus, start: threading.Barrier) -> str:
+            start.wait(5)
+            return bus.publish(QUEUE, b"x").id
+
+        before = set(threading.enumerate())
+        with ThreadPoolExecutor(6) as pool:
+            assert len({f.result(10) for f in [pool.submit(first, bus, start) for _ in range(6)]}) == 6
+            ours = [t for t in set(threading.enumerate()) - before if t.name == "messaging-bus"]
+        assert len(ours) == 1
+        bus.close()
+
+
 def test_a_publisher_is_shared_by_four_threads_and_each_keeps_its_order() -> None:
     with memory() as bus, bus.consume(QUEUE) as stream:
         with bus.publisher(QUEUE, window=50) as publisher:

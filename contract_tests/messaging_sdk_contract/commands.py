@@ -63,16 +63,13 @@ def contract(
     except LookupError as error:
         print(error, file=sys.stderr)
         return USAGE
+    if evidence is not None and (cases or kinds or pytest_args):
+        print("evidence is written by whole runs: leave the filters out", file=sys.stderr)
+        return USAGE
     if propose:
         return max(_propose(harness(name)) for name in profiles)
     worst = 0
     for name in profiles:
-        if not (cases or kinds or pytest_args):
-            arguments = _arguments(adapter, ["--messaging-profile", name])
-            file = None if evidence is None else Path(evidence, f"{adapter}-{name}.jsonl")
-            print(f"{adapter} / {name}: one process and one broker per kind of destination", flush=True)
-            worst = max(worst, run_kinds([kind.name for kind in KINDS], arguments, file))
-            continue
         args = ["--messaging-profile", name, *pytest_args]
         if cases or kinds or pytest_args:
             args += ["--messaging-cases", cases] if cases else []
@@ -85,6 +82,7 @@ def contract(
 
 def _whole(adapter: str, profile: str, args: Sequence[str], folder: Path | str | None) -> int:
     """All kinds side by side, and at the end what they gave together."""
+    print(f"{adapter} / {profile}: one process and one broker per kind of destination", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch if folder is None else folder, f"{adapter}-{profile}.jsonl")
         code = run_kinds([kind.name for kind in KINDS], _arguments(adapter, args), file)

@@ -50,7 +50,7 @@ class Harness(ABC):
     name: ClassVar[str]
     """The adapter's name, as in `Driver.name`."""
     profiles: ClassVar[Sequence[str]] = ("default",)
-    """Server versions or configurations that make columns of their own, such as ("4.3", "4.0"). The first is default."""
+    """Server versions or configurations that make columns of their own, as ("4.3", "4.0"). The first is default."""
     faults: ClassVar[frozenset[Fault]] = frozenset()
     """What this harness can provoke; a case that needs another is reported as skipped, with the reason."""
     takeover_s: float = 5.0

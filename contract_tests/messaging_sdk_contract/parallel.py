@@ -21,18 +21,16 @@ PROGRESS_S: Final = 30.0  # a reader of a CI log should not wonder whether it ha
 LIMIT_S: Final = 1500.0  # five times what a kind takes on two busy cores
 
 
-def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path | None) -> int:
+def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path) -> int:
     """pytest once per kind, at the same time; print each one's output when it ends; return the worst exit code."""
     with tempfile.TemporaryDirectory(prefix="messaging-contract-") as name:
         folder = Path(name)
         children = {kind: _start(kind, arguments, folder) for kind in kinds}
-        codes = _await(children, folder)
-        if evidence is not None:
-            evidence.parent.mkdir(parents=True, exist_ok=True)
-            evidence.write_text(
-                "".join(_part(folder, kind).read_text() for kind in kinds if _part(folder, kind).exists())
-            )
-    return max(codes.values())
+        codes = _await(children, folder, evidence.stem)
+        evidence.parent.mkdir(parents=True, exist_ok=True)
+        parts = [_part(folder, kind) for kind in kinds]
+        evidence.write_text("".join(part.read_text() for part in parts if part.exists()))
+    return max(map(abs, codes.values()))  # a child ended by a signal has a negative code
 
 
 def _part(folder: Path, kind: str) -> Path:
@@ -55,7 +53,7 @@ def _start(kind: str, arguments: Sequence[str], folder: Path) -> subprocess.Pope
         )
 
 
-def _await(children: dict[str, subprocess.Popen[bytes]], folder: Path) -> dict[str, int]:
+def _await(children: dict[str, subprocess.Popen[bytes]], folder: Path, label: str) -> dict[str, int]:
     began, told = time.monotonic(), time.monotonic()
     codes: dict[str, int] = {}
     try:
@@ -63,14 +61,15 @@ def _await(children: dict[str, subprocess.Popen[bytes]], folder: Path) -> dict[s
             for kind, child in children.items():
                 if kind not in codes and child.poll() is not None:
                     codes[kind] = child.returncode
-                    print(f"\n== {kind}: after {time.monotonic() - began:.0f} s", flush=True)
-                    print(_log(folder, kind).read_text(errors="replace"), flush=True)
+                    said = _log(folder, kind).read_text(errors="replace")
+                    # in one piece: another suite may be printing at the same time
+                    print(f"\n== {label} {kind}: after {time.monotonic() - began:.0f} s\n{said}", flush=True)
             if time.monotonic() - told > PROGRESS_S and len(codes) < len(children):
                 told = time.monotonic()
                 waiting = ", ".join(k for k in children if k not in codes)
-                print(f"   ... {told - began:.0f} s, still running: {waiting}", flush=True)
+                print(f"   ... {label}: {told - began:.0f} s, still running: {waiting}", flush=True)
             if time.monotonic() - began > LIMIT_S:
-                print(f"stopped after {LIMIT_S:.0f} s", flush=True)
+                print(f"{label}: stopped after {LIMIT_S:.0f} s", flush=True)
                 return {kind: codes.get(kind, 3) for kind in children}
             time.sleep(POLL_S)
         return codes
