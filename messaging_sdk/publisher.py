@@ -182,7 +182,7 @@ def header_problem(name: object, value: object, rules: HeaderRules | None) -> st
     if rules.names == "token" and not _TOKEN.match(name):
         return "has a name that this backend would alter or refuse: letters, digits and !#$%&'*+-.^_`|~ are allowed"
     try:
-        name.encode(), value.encode()
+        (name + value).encode()
     except UnicodeEncodeError:
         return "holds a lone surrogate, which has no UTF-8 form"
     if rules.charset != "text" and not _ASCII.match(value):
