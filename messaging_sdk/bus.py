@@ -357,7 +357,7 @@ class Bus(Handlers):
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
         for name, value in provenance.items():
-            if value:
+            if value and rules is not None:  # a backend without headers keeps the body; the log has the reason
                 headers[RESERVED_PREFIX + name] = _plain(value)
         grave = Outgoing(
             message.body, message.id, message.key, headers,
