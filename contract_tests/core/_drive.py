@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -12,6 +13,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _numbers = itertools.count()
+
+
+class Stuck(BaseException):
+    """Synchronous code kept the loop from turning; no `except Exception` may swallow it."""
 
 
 def drive(main: Coroutine[Any, Any, T], limit_s: float = 15.0) -> T:
@@ -24,7 +29,16 @@ def drive(main: Coroutine[Any, Any, T], limit_s: float = 15.0) -> T:
         )
         return await asyncio.wait_for(main, limit_s)
 
-    result = asyncio.run(bounded())
+    def ring(number: int, frame: object) -> None:
+        raise Stuck(f"the loop was blocked for more than {limit_s:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit_s + 5, 1.0)  # again and again: whoever catches it may go on
+    try:
+        result = asyncio.run(bounded())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert not complaints, complaints
     return result
 
