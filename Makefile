@@ -9,12 +9,12 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: .venv/run.stamp
 	@$(BIN)/messaging demo
 
-# The live suites wait far more than they work (leases, broker boots), so RabbitMQ runs beside the rest. The laws come
-# last, so that a pytest summary closes the output.
+# One suite after the other, each with its kinds side by side. The laws come last, so that a pytest summary closes the
+# output.
 test: .venv/test.stamp engine
 	@$(MAKE) --no-print-directory brokers
 	@$(MAKE) --no-print-directory static
-	@$(MAKE) --no-print-directory -j2 live-rabbitmq live-others
+	@$(MAKE) --no-print-directory live-rabbitmq live-others
 	@$(MAKE) --no-print-directory laws
 
 live-rabbitmq:
@@ -30,7 +30,7 @@ live-others:
 
 # What the matrix is made of. Commit the result.
 evidence: .venv/test.stamp engine brokers
-	@$(MAKE) --no-print-directory -j2 live-rabbitmq live-others EVIDENCE="--evidence contract_tests/evidence"
+	@$(MAKE) --no-print-directory live-rabbitmq live-others EVIDENCE="--evidence contract_tests/evidence"
 	@$(BIN)/messaging matrix
 
 check: static laws

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
 import sys
 import tempfile
@@ -170,6 +171,7 @@ def doubles() -> int:
     """
     from .doubles import DOUBLES
 
+    os.environ.setdefault("MESSAGING_CONTRACT_PATIENCE_S", "10")  # a double often fails by what never comes
     began, survived = time.monotonic(), 0
     honest = {(d.profile, c.split(".")[0].split("-")[0]): set[str]() for d in DOUBLES for c in d.clauses}
     for profile, family in honest:

@@ -21,6 +21,8 @@ from messaging_sdk.spi import Driver
 from .harness import Harness
 
 _counter: Final = itertools.count()
+PATIENCE_S: Final = float(os.environ.get("MESSAGING_CONTRACT_PATIENCE_S", "30"))
+"""How long a case waits for what must come: it bounds only how late a failure is told, and a busy machine needs long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,11 @@ class Lab:
                     await task
 
     async def nothing_more(
-        self, send_sentinel: Callable[[], Awaitable[object]], arrivals: list[Arrival], seen: int, wait_s: float = 10.0
+        self,
+        send_sentinel: Callable[[], Awaitable[object]],
+        arrivals: list[Arrival],
+        seen: int,
+        wait_s: float = PATIENCE_S,
     ) -> list[Arrival]:
         """Silence that is known to be silence: wait `quiet_s`, send a sentinel, require it; return what came besides.
 

@@ -32,9 +32,9 @@ from messaging_sdk import (
 from messaging_sdk.model import Outgoing, SendResult, Session, rejected
 from messaging_sdk.spi import ACCEPT, RELEASE, Disposition, Driver, Leased, Outcomes, Receiver, Sender
 
-from .lab import Lab, NotRun
+from .lab import PATIENCE_S, Lab, NotRun
 
-WAIT_S: Final = 10.0
+WAIT_S: Final = PATIENCE_S
 """For what must happen: far more than any honest broker needs."""
 LONGEST_WAIT_S: Final = 6.0
 """A lease or window longer than this is not waited for: the harness can configure a shorter one."""
@@ -598,11 +598,12 @@ async def measure_confirm(lab: Lab) -> str:
     """At the moment of each ok, is the message there? And does a dead connection still say ok?"""
     on = await bench(lab)
     if await lab.harness.depth(on.destination, lab.group) is not None:
+        there = 0  # a broker's statistics may lag now and then; an ok before the message is stored never finds it
         for n in range(1, 11):
             await on.put(on.body())
-            if await lab.harness.depth(on.destination, lab.group) != n:
-                break
-        else:
+            there += await lab.harness.depth(on.destination, lab.group) == n
+        lab.measured["there_at_ok"] = there
+        if there > 5:
             return "stored"
         await asyncio.sleep(lab.harness.quiet_s)
         if await lab.harness.depth(on.destination, lab.group) == n:

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from messaging_sdk import Bus, Capabilities, Delivery, Destination, SettleLost
 
-from ..lab import Arrival, Lab, eventually
+from ..lab import PATIENCE_S, Arrival, Lab, eventually
 
-WAIT_S: Final = 10.0
+WAIT_S: Final = PATIENCE_S
 """Patience for what must happen without any fault; far above any honest latency."""
 KEYS: Final = ("k0", "k1", "k2", "k3")
 

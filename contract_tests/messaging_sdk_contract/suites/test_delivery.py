@@ -351,8 +351,15 @@ async def _cut_off(lab: Lab, destination: Destination[Any], turn: int) -> list[t
     await lab.harness.cut()
     await eventually(lambda: len(told) >= len(sent), WAIT_S, "every send has an outcome")
     assert sorted(index for index, _ in told) == list(range(len(sent))), "exactly one outcome each"
-    with pytest.raises(ConnectionLost):
-        sender.send_batch([_outgoing(body_of(destination, "k0", 9999))], lambda _: None)
+
+    def refuses() -> bool:
+        try:
+            sender.send_batch([_outgoing(body_of(destination, "k0", 9999))], lambda _: None)
+        except ConnectionLost:
+            return True
+        return False
+
+    await eventually(refuses, WAIT_S, "a lost sender takes no more, from the moment it knows")
     return [(sent[index], result) for index, result in told]
 
 
