@@ -22,7 +22,7 @@ from .harness import Harness
 
 _counter: Final = itertools.count()
 PATIENCE_S: Final = float(os.environ.get("MESSAGING_CONTRACT_PATIENCE_S", "30"))
-"""How long a case waits for what must come: it bounds only how late a failure is told, and a busy machine needs long."""
+"""How long a case waits for what must come: it bounds only how late a failure is told; a busy machine needs long."""
 
 
 @dataclass(frozen=True, slots=True)
