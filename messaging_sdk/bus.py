@@ -84,7 +84,12 @@ class Bus(Handlers):
         elif not isinstance(config, Settings):
             config = from_mapping(config)
         self.settings: Final = config
-        self.timeout_s = timeout_s
+        self.timeout_s = check_timeout(timeout_s)
+        if needs is not None and not isinstance(needs, Needs):
+            raise UsageError(f"Bus: needs must be a Needs(...), not {type(needs).__name__}")
+        strange = [m for m in middleware if not isinstance(m, Middleware)]
+        if strange:
+            raise UsageError(f"Bus: middleware must be Middleware objects, not {type(strange[0]).__name__}")
         self._needs = needs or Needs()
         self._middleware = tuple(middleware)
         self._provide = dict(provide or {})
@@ -288,7 +293,9 @@ class Bus(Handlers):
         loop = self._loop
         assert loop is not None
         message = outlet.encode(value, headers, id, correlation_id, delay, ttl, priority)
-        return await self._sent(outlet, message, self.timeout_s if timeout_s is None else timeout_s, loop)
+        return await self._sent(
+            outlet, message, self.timeout_s if timeout_s is None else check_timeout(timeout_s), loop
+        )
 
     @staticmethod
     async def _sent(outlet: Outlet[Any], message: Outgoing, timeout_s: float, loop: asyncio.AbstractEventLoop) -> Sent:
@@ -308,7 +315,7 @@ class Bus(Handlers):
         return Publisher(
             partial(self._outlet, destination),
             window,
-            self.timeout_s if timeout_s is None else timeout_s,
+            self.timeout_s if timeout_s is None else check_timeout(timeout_s),
         )
 
     async def _outlet(self, destination: Destination[T]) -> Outlet[T]:
@@ -601,6 +608,13 @@ class Bus(Handlers):
             for outlet in self._outlets.values():
                 outlet.disown()
             self._reset()
+
+
+def check_timeout(timeout_s: object) -> float:
+    """`timeout_s` if it is a number of seconds over 0, else UsageError; nothing was sent."""
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise UsageError(f"timeout_s must be a number of seconds over 0, not {timeout_s!r}")
+    return timeout_s
 
 
 def _after_fork() -> None:

@@ -170,7 +170,9 @@ class Store:
         taken: list[Entry] = []
         if self.caps.compete == "standby" and receiver is not self.receivers[0]:
             return taken
-        busy = self._keys_elsewhere(receiver) if self.ordered and self.caps.order_competition else frozenset()
+        busy: frozenset[str | None] = frozenset()
+        if self.ordered and self.caps.order_competition and len(self.held) > len(receiver.open):
+            busy = self._keys_elsewhere(receiver)
         for entry in self.waiting:
             if len(taken) >= count:
                 break
@@ -180,7 +182,9 @@ class Store:
                     busy = busy | {entry.message.key}
             elif entry.holder in (None, receiver) and not (busy and entry.message.key in busy):
                 taken.append(entry)
-        if taken:
+        if taken and self.waiting[len(taken) - 1] is taken[-1]:  # the usual case: the oldest, without a gap
+            del self.waiting[: len(taken)]
+        elif taken:
             gone = set(taken)
             self.waiting = [e for e in self.waiting if e not in gone]
         end = math.inf
@@ -238,6 +242,8 @@ class Store:
 
     def give_back(self, entry: Entry) -> None:
         self.held.discard(entry)
+        if entry.holder is not None:
+            entry.holder.open.discard(entry)
         if not (self.ordered and self.caps.order_redelivery):
             entry.serial = next(self.serials)  # to the tail; else it keeps its place
         self._wait(entry)
@@ -483,7 +489,6 @@ class MemoryReceiver(Receiver):
         if self.store is None:
             taken = [self.overheard.popleft() for _ in range(min(count, len(self.overheard)))]
             return [Message(m.body, m.id, m.key, _meta(m)) for m in taken]
-        self.open &= self.store.held
         room = min(count, self.limit - len(self.open))
         if self.stopped or room <= 0:
             return []

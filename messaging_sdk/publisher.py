@@ -139,7 +139,7 @@ class Outlet(Generic[T]):
             if message.ttl_s <= 0:
                 raise InvalidMessage(f"{self.destination}: ttl must be over 0", outcome=Outcome.REJECTED)
         if priority is not None:
-            if not isinstance(priority, int) or priority < 0:
+            if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
                 raise InvalidMessage(
                     f"{self.destination}: priority is a whole number from 0",
                     outcome=Outcome.REJECTED,
@@ -151,6 +151,11 @@ class Outlet(Generic[T]):
 
     def _headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         rules = self.capabilities.headers
+        if not isinstance(headers, Mapping):
+            raise InvalidMessage(
+                f"{self.destination}: headers must be a mapping of str to str, not {type(headers).__name__}",
+                outcome=Outcome.REJECTED,
+            )
         for name, value in headers.items():
             problem = header_problem(name, value, rules)
             if problem:

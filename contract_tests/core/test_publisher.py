@@ -424,3 +424,33 @@ def test_a_lost_connection_is_named_when_it_does_not_come_back() -> None:
 def test_an_outgoing_message_has_no_room_for_stray_attributes() -> None:
     with pytest.raises(AttributeError):
         Outgoing(b"", "m1").boby = b"typo"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("timeout_s", ["5s", True, 0, -1.0])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused_before_anything_is_sent(timeout_s: Any) -> None:
+    async def publish() -> None:
+        async with Bus(f"memory://timeout-{timeout_s}") as bus:
+            with pytest.raises(UsageError, match="timeout_s"):
+                await bus.publish(Queue("q", str), "x", timeout_s=timeout_s)
+            assert (await bus.publish(Queue("q", str), "still usable")).id
+
+    asyncio.run(publish())
+    with pytest.raises(UsageError, match="timeout_s"):
+        Bus("memory://x", timeout_s=timeout_s)
+
+
+def test_headers_that_are_no_mapping_are_refused_before_anything_is_sent() -> None:
+    async def publish() -> None:
+        async with Bus("memory://headers-list") as bus:
+            with pytest.raises(InvalidMessage, match="mapping") as caught:
+                await bus.publish(Queue("q", str), "x", headers=[("a", "b")])  # type: ignore[arg-type]
+            assert caught.value.outcome is Outcome.REJECTED
+
+    asyncio.run(publish())
+
+
+def test_needs_and_middleware_of_a_wrong_type_are_refused_by_the_bus() -> None:
+    with pytest.raises(UsageError, match="Needs"):
+        Bus("memory://x", needs={"durable": "kill"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="Middleware"):
+        Bus("memory://x", middleware=[1])  # type: ignore[list-item]

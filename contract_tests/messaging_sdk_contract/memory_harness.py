@@ -22,7 +22,7 @@ _PROFILES: Final[Mapping[str, str]] = {
     # 1 MiB instead of 16: the size ladder of every case would cost seconds.
     "default": "max_body=1048576",
     # A lease and a window short enough to wait for, and a broker that keeps what it has.
-    "lease": "max_body=1048576&lease=timeout&lease_s=0.4&dedup_s=1&durable=kill&ok_means=page_cache",
+    "lease": "max_body=1048576&lease=timeout&lease_s=0.8&dedup_s=1&durable=kill&ok_means=page_cache",
     # The least that still offers a Queue and a Topic: the refusals are what is tested.
     "minimal": "max_body=1000&release=none&count=none&order=none&order_redelivery=false"
     "&order_competition=false&compete=round_robin&confirm=received&route_error=false&dedup_s=0"
