@@ -182,11 +182,7 @@ class Store:
                     busy = busy | {entry.message.key}
             elif entry.holder in (None, receiver) and not (busy and entry.message.key in busy):
                 taken.append(entry)
-        if taken and self.waiting[len(taken) - 1] is taken[-1]:  # the usual case: the oldest, without a gap
-            del self.waiting[: len(taken)]
-        elif taken:
-            gone = set(taken)
-            self.waiting = [e for e in self.waiting if e not in gone]
+        self._remove(taken)
         end = math.inf
         for entry in taken:
             entry.deliveries += 1
@@ -198,6 +194,13 @@ class Store:
         self.look_s = min(self.look_s, end)
         receiver.notify_at(end)
         return taken
+
+    def _remove(self, taken: list[Entry]) -> None:
+        if taken and self.waiting[len(taken) - 1] is taken[-1]:  # the usual case: the oldest, without a gap
+            del self.waiting[: len(taken)]
+        elif taken:
+            gone = set(taken)
+            self.waiting = [e for e in self.waiting if e not in gone]
 
     def _keys_elsewhere(self, receiver: MemoryReceiver) -> frozenset[str | None]:
         return frozenset(e.message.key for e in self.held if e.holder is not receiver)
