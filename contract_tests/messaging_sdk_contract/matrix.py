@@ -195,5 +195,5 @@ def _shown(value: Any) -> str:
 def _size(size_bytes: int) -> str:
     for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
         if size_bytes >= unit:
-            return f"{size_bytes / unit:.3g} {name}"
+            return f"{size_bytes / unit:.4g} {name}"
     return f"{size_bytes} B"
