@@ -598,15 +598,16 @@ async def measure_confirm(lab: Lab) -> str:
     """At the moment of each ok, is the message there? And does a dead connection still say ok?"""
     on = await bench(lab)
     if await lab.harness.depth(on.destination, lab.group) is not None:
+        sent = 10
         there = 0  # a broker's statistics may lag now and then; an ok before the message is stored never finds it
-        for n in range(1, 11):
+        for n in range(1, sent + 1):
             await on.put(on.body())
             there += await lab.harness.depth(on.destination, lab.group) == n
         lab.measured["there_at_ok"] = there
-        if there > 5:
+        if there > sent / 2:
             return "stored"
         await asyncio.sleep(lab.harness.quiet_s)
-        if await lab.harness.depth(on.destination, lab.group) == n:
+        if await lab.harness.depth(on.destination, lab.group) == sent:
             return "received"
     if "cut" not in lab.harness.faults:
         raise NotRun("whether ok is said without an answer shows only on a cut connection")
