@@ -132,13 +132,15 @@ class Batcher:
     def _cut(self, sender: Sender) -> list[Outgoing]:
         pending, size = self._pending, 0
         batch: list[Outgoing] = []
-        limit, limit_bytes = sender.max_batch, sender.max_batch_bytes
-        while pending and len(batch) < limit:
-            size += len(pending[0].body)
+        limit_bytes, future = sender.max_batch_bytes, asyncio.Future
+        for _ in range(min(len(pending), sender.max_batch)):
+            message = pending[0]
+            size += len(message.body)
             if size > limit_bytes and batch:
                 break
-            message = pending.popleft()
-            if not _gone(message):
+            del pending[0]
+            waiter = message.waiter
+            if waiter is not None and (waiter.__class__ is not future or not waiter.done()):  # as _gone, without a call
                 batch.append(message)
         return batch
 

@@ -206,8 +206,7 @@ class Delivery(Message[T]):
     """
 
     __slots__ = (
-        "attempt", "deliveries", "lease_until_s", "native", "receipt", "redelivered", "session", "settled", "settler",
-        "state",
+        "attempt", "deliveries", "native", "receipt", "redelivered", "session", "settled", "settler",
     )  # fmt: skip
 
     def __init__(
@@ -235,8 +234,6 @@ class Delivery(Message[T]):
         # core's part; adapters never touch it
         self.attempt = 1
         self.settled = False
-        self.lease_until_s = 0.0
-        self.state: Any = None
         self.settler: Settler | None = None
 
     async def ack(self) -> None:

@@ -25,7 +25,7 @@ from .capabilities import Capabilities
 from .config import Address
 from .destination import Destination
 from .errors import MessagingError
-from .model import Delivery, Message, Outgoing, SendResult, Session
+from .model import SENT, Delivery, Message, Outgoing, SendResult, Session
 
 Provision = Literal["create", "verify", "none"]
 
@@ -47,6 +47,14 @@ RELEASE: Final = Disposition("release")
 Outcomes = Sequence[tuple[int, SendResult]]
 OnOutcomes = Callable[[Outcomes], None]
 OnRevoke = Callable[[Sequence[Session], float], Awaitable[None]]
+_ACCEPTED: Final[Outcomes] = tuple((index, SENT) for index in range(1000))
+
+
+def accepted(start: int, stop: int) -> Outcomes:
+    """The outcomes of a run of messages that are all OK, from index `start` up to before `stop`."""
+    if stop <= len(_ACCEPTED):
+        return _ACCEPTED[start:stop]  # nothing is allocated per message
+    return [(index, SENT) for index in range(start, stop)]
 
 
 class NoOptions(BaseModel):

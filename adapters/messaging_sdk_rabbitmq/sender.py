@@ -22,7 +22,7 @@ from messaging_sdk.errors import (
     Unmet,
 )
 from messaging_sdk.model import SENT, Outgoing, SendResult, indeterminate, rejected
-from messaging_sdk.spi import OnOutcomes, Outcomes
+from messaging_sdk.spi import OnOutcomes, Outcomes, accepted
 from messaging_sdk.spi import Sender as SenderContract
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ _U64: Final = Struct(">Q")
 _LENGTH: Final = tuple(bytes((n,)) for n in range(256))
 _END: Final = b"\xce"
 _MODE_AND_ID: Final = 0x1080  # the flags of delivery_mode and message_id
-_PAIRS: Final[Outcomes] = tuple((n, SENT) for n in range(SenderContract.max_batch))
-"""Slices of it are the outcomes of a batch without refusals: nothing is allocated per message."""
 _UNSENT_BYTES: Final = 1 << 18
 """A signal counts as sent once less than this waits for the socket; much more would hide a stalled broker."""
 _UNSENT_POLL_S: Final = 0.005
@@ -56,7 +54,8 @@ class Encoder:
         self._durable = durable
         self._max_body = max_body
         self._mode = b"\x02" if durable else b"\x01"
-        self._types: dict[str, bytes] = {}
+        self._starts: dict[str | None, bytes] = {}
+        self._second, self._stamp = 0, b""
         self.bind(0, 4096)
 
     def bind(self, channel: int, frame_max: int) -> None:
@@ -65,8 +64,8 @@ class Encoder:
         self._frame_max = frame_max
         self._method: bytes = frame.Method(channel, self._publish).marshal()
 
-    def encode(self, message: Outgoing) -> bytes:
-        """All frames of `message`. Raises what makes it REJECTED: TooLarge, InvalidMessage, CapabilityError."""
+    def encode(self, message: Outgoing) -> Sequence[bytes]:
+        """All frames of `message`, in pieces. Raises what makes it REJECTED: see the errors below."""
         body = message.body
         size = len(body)
         if size > self._max_body:
@@ -80,44 +79,42 @@ class Encoder:
         length = 14 + len(properties)
         if length + 8 > self._frame_max:
             raise InvalidMessage(f"headers of message {message.id!r} take {length} bytes, over one frame")
-        head = self._method + _HEADER.pack(2, self._channel, length, 60, 0, size, flags) + properties
-        if size == 0:
-            return head + _END
+        head = _HEADER.pack(2, self._channel, length, 60, 0, size, flags)
         room = self._frame_max - 8
-        if size <= room:
-            return b"".join((head, b"\xce", _FRAME.pack(3, self._channel, size), body, b"\xce"))
-        parts = [head, _END]
+        if 0 < size <= room:
+            return self._method, head, properties, b"\xce", _FRAME.pack(3, self._channel, size), body, b"\xce"
+        parts = [self._method, head, properties, _END]
         for start in range(0, size, room):
             piece = body[start : start + room]
             parts += (_FRAME.pack(3, self._channel, len(piece)), piece, _END)
-        return b"".join(parts)
+        return parts
 
     def _properties(self, m: Outgoing) -> tuple[int, bytes]:
-        flags = _MODE_AND_ID
-        properties = b""
-        if m.content_type is not None:
-            flags |= 0x8000
-            properties = self._types.get(m.content_type) or self._type(m.content_type)
-        if m.key is not None or m.headers:
+        content_type = m.content_type
+        flags = _MODE_AND_ID if content_type is None else _MODE_AND_ID | 0x8000
+        if m.key is None and not m.headers:
+            properties = self._starts.get(content_type) or self._start(content_type)
+        else:
             flags |= 0x2000
-            properties += _table(m.key, m.headers)
-        properties += self._mode
+            properties = _type(content_type) + _table(m.key, m.headers) + self._mode
         if m.correlation_id is not None:
             flags |= 0x0400
             properties += _short(m.correlation_id, "correlation id")
         if m.ttl_s is not None or m.delay_s is not None or m.priority is not None:
             flags |= 0x0100
             properties += _short(self._expiration(m), "ttl")
-        properties += _short(m.id, "message id")
-        if m.created_s:
-            flags |= 0x0040
-            properties += _U64.pack(int(m.created_s))
-        return flags, properties
+        if not m.created_s:
+            return flags, properties + _short(m.id, "message id")
+        second = int(m.created_s)
+        if second != self._second:
+            self._second, self._stamp = second, _U64.pack(second)
+        return flags | 0x0040, properties + _short(m.id, "message id") + self._stamp
 
-    def _type(self, content_type: str) -> bytes:
-        found = _short(content_type, "content type")
-        if len(self._types) < 64:  # a program has a handful; a hostile one must not fill the memory
-            self._types[content_type] = found
+    def _start(self, content_type: str | None) -> bytes:
+        """The properties of a message without headers, up to the delivery mode."""
+        found = _type(content_type) + self._mode
+        if len(self._starts) < 64:  # a program has a handful of types; a hostile one must not fill the memory
+            self._starts[content_type] = found
         return found
 
     def _expiration(self, m: Outgoing) -> str:
@@ -135,6 +132,10 @@ def _short(text: str, what: str) -> bytes:
         return _LENGTH[len(raw)] + raw
     except (IndexError, UnicodeEncodeError) as error:
         raise InvalidMessage(f"{what} must be UTF-8 text of at most 255 bytes") from error
+
+
+def _type(content_type: str | None) -> bytes:
+    return b"" if content_type is None else _short(content_type, "content type")
 
 
 def _table(key: str | None, headers: Mapping[str, str]) -> bytes:
@@ -173,8 +174,8 @@ class Batch:
     def chunk(self, upto: int, bad: Mapping[int, SendResult]) -> Outcomes:
         """The outcomes from `told` up to `upto`; `bad` maps positions to what was not OK."""
         start, self.told = self.told, upto
-        if not bad and self.count == len(self.messages) <= len(_PAIRS):
-            return _PAIRS[start:upto]
+        if not bad and self.count == len(self.messages):
+            return accepted(start, upto)
         return [(self.indexes[n], bad.get(n, SENT)) for n in range(start, upto)]
 
 
@@ -219,7 +220,7 @@ class Sender(SenderContract):
         refused: list[tuple[int, SendResult]] = []
         for index, message in enumerate(messages):
             try:
-                blobs.append(encode(message))
+                blobs += encode(message)
             except MessagingError as error:
                 refused.append((index, rejected(error)))
             else:

@@ -55,7 +55,7 @@ NOT_HERE = {
     AsyncBus: {"lifespan", "serve", "native"},
     AsyncPublisher: {"accepted"},  # the batcher's call, not the user's
     AsyncStream: set(),
-    AsyncDelivery: {"meta", "settler", "state", "lease_until_s", "session", "receipt", "native"},
+    AsyncDelivery: {"meta", "settler", "session", "receipt", "native"},
 }
 
 
