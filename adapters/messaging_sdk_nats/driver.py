@@ -33,6 +33,8 @@ from .sender import SignalSender, StreamSender
 
 Frame = tuple[bytes, bytes, bytes, bytes]  # subject, reply, header block (b"" without one), body
 Sink = Callable[[list[Frame]], None]
+Reader = Callable[[bytes, int], int]
+"""(what was read, where a frame of its subscription starts) -> where the frames end that it took; there if none."""
 NOTHING: Final[Frame] = (b"", b"", b"", b"")
 
 NO_BLOCK: Final = nats.DestinationOptions.model_validate({})
@@ -437,10 +439,15 @@ class Link:
         inbox = self.client.new_inbox()
         return self.subscribe(f"{inbox}.>", sink), f"{inbox}.".encode()
 
+    def read_ahead(self, sid: bytes, reader: Reader) -> None:
+        """Offer the frames of `sid` to `reader` first; its sink gets those that `reader` does not take."""
+        self.client.parser.readers[sid] = reader
+
     def unsubscribe(self, sid: bytes, *, forget: bool = True) -> None:
         """Stop the subscription; with `forget` what is still on its way is thrown away too."""
         if forget:
             self.client.parser.sinks.pop(sid, None)
+            self.client.parser.readers.pop(sid, None)
         with suppress(ConnectionLost):
             self.write(b"UNSUB %b\r\n" % sid)
 
@@ -584,6 +591,7 @@ class _Parser(Parser):
     def __init__(self, client: _Client) -> None:
         super().__init__(client)
         self.sinks: dict[bytes, Sink] = {}
+        self.readers: dict[bytes, Reader] = {}
         self._client = client
         self._chunks: list[bytes] = []
         self._have = self._need = 0
@@ -611,12 +619,15 @@ class _Parser(Parser):
                 at, sid = start, b""
                 continue
             words = buffer[at:line].split()
+            if words[2] != sid:
+                if (reader := self.readers.get(words[2])) and (past := self._read_ahead(reader, buffer, at)) > at:
+                    at, sid = past, b""
+                    continue
+                sid, frames = words[2], batches.setdefault(words[2], [])
             stop = start + int(words[-1])
             if stop + 2 > end:
                 self._need = stop + 2 - at
                 break
-            if words[2] != sid:
-                sid, frames = words[2], batches.setdefault(words[2], [])
             if sid not in self.sinks:
                 await super().parse(buffer[at : stop + 2])
             elif kind == H:
@@ -629,6 +640,13 @@ class _Parser(Parser):
             at = stop + 2
         self._hand_over(batches)
         return at
+
+    def _read_ahead(self, reader: Reader, buffer: bytes, at: int) -> int:
+        try:
+            return reader(buffer, at)
+        except Exception as error:
+            self._client.lost(error)
+            return at
 
     def _hand_over(self, batches: dict[bytes, list[Frame]]) -> None:
         for sid, frames in batches.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
@@ -17,7 +18,7 @@ from messaging_sdk.errors import ConnectionLost, MessagingError, NotFound, Settl
 from messaging_sdk.model import Delivery, Message, Meta, Session
 
 from . import errors
-from .sender import CONTENT_TYPE, CORRELATION, CREATED, KEY
+from .sender import CONTENT_TYPE, CORRELATION, CREATED, KEY, Answers, Numbers, indexes
 
 if TYPE_CHECKING:
     from .driver import Frame, Link
@@ -28,6 +29,13 @@ PULL_EXPIRES_S: Final = 30.0  # a pull request is renewed then; longer saves not
 MAX_TICK_S: Final = 5.0  # idle heartbeat; three missed ones end the receiver
 TAKE_OVER_POLL_S: Final = 0.1  # there is no notice of another member's last ack, only its count
 TAKE_OVER_PULL: Final = 64  # credit beyond the window while the other member's messages come back
+MESSAGE: Final = (
+    rb"HMSG [^ ]++ %b (\$JS\.ACK\.%b\.(\d++)\.(\d++)\.\d++\.\d++\.\d++) (\d++) (\d++)\r\n"
+    rb"NATS/1\.0\r\nNats-Msg-Id: ([!-~]++)\r\n"
+)
+"""A message as our senders write it, up to its id; servers with a domain in the reply subject answer otherwise."""
+ACK: Final = b" 4\r\n+ACK\r\n"
+EMPTY: Final = rb"0\r\n"  # size and body of the answer to a settlement
 OURS: Final = frozenset((KEY, CORRELATION, CONTENT_TYPE, CREATED))
 
 
@@ -59,11 +67,11 @@ class StreamReceiver(spi.Receiver):
         self._ack_wait_s = ack_wait_s
         self._on_revoke = on_revoke
         self._session = Session(path)
-        self._buffer: deque[tuple[Receipt, int, bytes, bytes]] = deque()
+        self._buffer: deque[Delivery[Any]] = deque()
         self._held: dict[int, Receipt] = {}
         self._credit = 0  # messages asked for that have not come
-        self._settles: dict[bytes, _Settles] = {}
-        self._count = 0
+        self._settles: list[_Settles] = []
+        self._next = 1
         self._waiter: asyncio.Future[None] | None = None
         self._error: MessagingError | None = None
         self._stopped = self._closed = False
@@ -80,6 +88,10 @@ class StreamReceiver(spi.Receiver):
         self._group = group
         self._sid, self._inbox = self._link.subscribe_inbox(self._on_frames)
         self._ack_sid, self._ack_inbox = self._link.subscribe_inbox(self._on_answers)
+        if group is None:
+            self._message = re.compile(MESSAGE % (self._sid, re.escape(self._path.encode())))
+            self._link.read_ahead(self._sid, self._read)
+        self._link.read_ahead(self._ack_sid, Answers(self._ack_inbox, self._ack_sid, EMPTY, self._on_settled).read)
         self._link.listeners.add(self)
         self._pull()
         await self._link.flush()
@@ -102,46 +114,67 @@ class StreamReceiver(spi.Receiver):
         return self._claim(min(max_deliveries, self._window - len(self._held)))
 
     def _claim(self, most: int) -> list[Delivery[Any]]:
-        buffer, held, session = self._buffer, self._held, self._session
-        batch: list[Delivery[Any]] = []
-        while buffer and len(batch) < most:
-            receipt, count, header, body = buffer.popleft()
-            seq = receipt.seq
-            held[seq] = receipt
-            batch.append(
-                Delivery(
-                    body,
-                    _value(header, b"\r\nNats-Msg-Id:") or f"foreign-{self._stream}-{seq}",
-                    _key(header) if b"messaging-key" in header else None,
-                    partial(_meta, header),
-                    receipt=receipt,
-                    session=session,
-                    deliveries=count,
-                    redelivered=count > 1,
-                )
-            )
+        buffer, held = self._buffer, self._held
+        batch = [buffer.popleft() for _ in range(min(most, len(buffer)))]
+        for delivery in batch:
+            held[delivery.receipt.seq] = delivery.receipt
         return batch
 
+    def _read(self, buffer: bytes, at: int) -> int:
+        """Take the run of messages at `at`, as far as they are ours: at half the price of `_on_frames`."""
+        match, size, arrive, before = self._message.match, len(buffer), self._arrive, at
+        until_s = time.monotonic() + self._ack_wait_s
+        while (found := match(buffer, at)) is not None:
+            reply, count, seq, head_size, total, id = found.groups()
+            start = found.end(5) + 2
+            body, stop = start + int(head_size), start + int(total)
+            if stop + 2 > size:
+                break
+            arrive(reply, int(count), int(seq), id.decode(), buffer[start:body], buffer[body:stop], until_s)
+            at = stop + 2
+        if at > before:
+            self._arrived()
+        return at
+
+    def _arrive(self, reply: bytes, count: int, seq: int, id: str, header: bytes, body: bytes, until_s: float) -> None:
+        self._credit -= 1
+        self._buffer.append(
+            Delivery(
+                body,
+                id,
+                _key(header) if b"messaging-key" in header else None,
+                partial(_meta, header),
+                receipt=Receipt(reply, seq, until_s),
+                session=self._session,
+                deliveries=count,
+                redelivered=count > 1,
+            )
+        )
+
     def _on_frames(self, frames: list[Frame]) -> None:
-        self._heard_s = now = time.monotonic()
-        until_s = now + self._ack_wait_s
+        """Messages of other clients and of ordered groups, status messages, and what was split between two reads."""
+        until_s = time.monotonic() + self._ack_wait_s
         again = False
         for subject, reply, header, body in frames:
             if not reply.startswith(b"$JS.ACK."):
                 self._on_status(subject, header)
                 continue
-            self._credit -= 1
             words = reply.split(b".")
             at = 4 if len(words) == 9 else 6  # newer replies carry domain and account first
-            count = int(words[at])
+            count, seq = int(words[at]), int(words[at + 1])
             again = again or count > 1
-            self._buffer.append((Receipt(reply, int(words[at + 1]), until_s), count, header, body))
+            id = _value(header, b"\r\nNats-Msg-Id:") or f"foreign-{self._stream}-{seq}"
+            self._arrive(reply, count, seq, id, header, body, until_s)
             if self._group is not None:
                 self._see_pin(header)
+        if again and self._group is not None and not self._stopped:
+            self._sort()
+        self._arrived()
+
+    def _arrived(self) -> None:
+        self._heard_s = time.monotonic()
         if self._stopped:
             self._hand_back_buffer()
-        elif again and self._group is not None:
-            self._sort()
         self._pull()
         self._wake()
 
@@ -196,7 +229,7 @@ class StreamReceiver(spi.Receiver):
         if self._credit > 0 and now - self._heard_s > 3 * self._tick_s and not self._stopped:
             self._fail(ConnectionLost(f"NATS sent no heartbeat for a pull of {self._path}"))
             return
-        self._extend(receipt for receipt, *_ in self._buffer)
+        self._extend(delivery.receipt for delivery in self._buffer)
         if self._pin and not self._stopped:
             # A request too small for any message: it renews the pin and never takes one.
             self._write_pull(1, b"pin", max_bytes=1)
@@ -208,25 +241,25 @@ class StreamReceiver(spi.Receiver):
     def settle_batch(self, settlements: Sequence[tuple[Any, spi.Disposition]]) -> asyncio.Future[Failures]:
         if self._error is not None:
             raise self._error
-        self._count += 1
-        token = b"%x" % self._count
-        settles = _Settles(len(settlements), self._path)
-        reply_to = b"%b%b." % (self._ack_inbox, token)
-        now, held = time.monotonic(), self._held
+        settles = _Settles(self._next, len(settlements), self._path)
+        self._next += len(settlements)
+        now, held, reply_to = time.monotonic(), self._held, self._ack_inbox
         blob: list[bytes] = []
         released = False
-        for index, (receipt, disposition) in enumerate(settlements):
-            if self._owns(receipt):
+        receipt: Receipt
+        for number, (receipt, disposition) in enumerate(settlements, settles.first):
+            if held.get(receipt.seq) is receipt:
                 del held[receipt.seq]
                 if receipt.until_s > now:
-                    verb = b"+ACK"
+                    end = ACK
                     if disposition.kind == "release":
-                        verb, released = _nak(disposition.delay_s), True
-                    blob.append(b"PUB %b %b%d %d\r\n%b\r\n" % (receipt.reply, reply_to, index, len(verb), verb))
+                        end, released = _nak(disposition.delay_s), True
+                    blob += (b"PUB ", receipt.reply, b" ", reply_to, b"%d" % number, end)
                     continue
-            settles.fail(index, SettleLost(f"{self._path}: the lease of {self._ack_wait_s} s ran out, or was taken"))
+            lost = SettleLost(f"{self._path}: the lease of {self._ack_wait_s} s ran out, or was taken")
+            settles.fail(number - settles.first, lost)
         if blob:
-            self._settles[token] = settles
+            self._settles.append(settles)
             self._link.write(b"".join(blob))
         if released and self._group is not None and not self._stopped:
             self._take_over()
@@ -253,20 +286,21 @@ class StreamReceiver(spi.Receiver):
         """False for a delivery whose message has come again: only the newest one settles it."""
         return self._held.get(receipt.seq) is receipt
 
-    def _on_answers(self, frames: list[Frame]) -> None:
-        last, settles = b"", None
-        for subject, _, header, _ in frames:
-            _, token, index = subject.rsplit(b".", 2)
-            if token != last:
-                last, settles = token, self._settles.get(token)
-            if settles is None:
-                continue
-            if header:  # 503: the stream or the consumer is gone
-                settles.fail(int(index), SettleLost(f"the NATS consumer {self._path} is gone"))
-            else:
-                settles.done(int(index))
+    def _on_settled(self, numbers: Numbers) -> None:
+        for settles in self._settles[:]:
+            settles.done(indexes(numbers, settles.first, settles.count))
             if not settles.left:
-                self._settles.pop(token, None)
+                self._settles.remove(settles)
+
+    def _on_answers(self, frames: list[Frame]) -> None:
+        """All other answers, and those that were split between two reads."""
+        for subject, _, header, _ in frames:
+            number = int(subject[len(self._ack_inbox) :])
+            if header:  # 503: the stream or the consumer is gone
+                for settles in self._settles:
+                    for index in indexes([number], settles.first, settles.count):
+                        settles.fail(index, SettleLost(f"the NATS consumer {self._path} is gone"))
+            self._on_settled([number])
 
     # one active member
 
@@ -277,6 +311,7 @@ class StreamReceiver(spi.Receiver):
             arrived = self._buffer.pop()
             if self._pin:
                 self._lose_pin()
+            arrived.session = self._session
             self._buffer.append(arrived)
             self._pin = pin
             self._take_over()
@@ -317,11 +352,11 @@ class StreamReceiver(spi.Receiver):
         self._wake()
 
     def _mine(self) -> set[int]:
-        return {receipt.seq for receipt, *_ in self._buffer} | set(self._held)
+        return {delivery.receipt.seq for delivery in self._buffer} | set(self._held)
 
     def _sort(self) -> None:
         """By stream sequence; of two arrivals of one message the later, whose lease is valid."""
-        latest = {item[0].seq: item for item in self._buffer}
+        latest = {delivery.receipt.seq: delivery for delivery in self._buffer}
         self._buffer = deque(latest[seq] for seq in sorted(latest))
 
     # leaving
@@ -338,7 +373,7 @@ class StreamReceiver(spi.Receiver):
         try:
             await self.stop()
             if self._settles:
-                await asyncio.wait([s.future for s in self._settles.values()])
+                await asyncio.wait([s.future for s in self._settles])
             if self._pin and self._error is None:  # core leaves the hand-back to us when ordered
                 self._hand_back(list(self._held.values()))
                 self._held.clear()
@@ -351,7 +386,7 @@ class StreamReceiver(spi.Receiver):
             self._fail(ConnectionLost("the receiver was closed"))
 
     def _hand_back_buffer(self) -> None:
-        receipts = [receipt for receipt, *_ in self._buffer]
+        receipts = [delivery.receipt for delivery in self._buffer]
         self._buffer.clear()
         self._hand_back(receipts)
 
@@ -391,7 +426,7 @@ class StreamReceiver(spi.Receiver):
         self._link.listeners.discard(self)
         self._session.closing = self._session.lost = True
         self._buffer.clear()
-        for settles in self._settles.values():
+        for settles in self._settles:
             settles.give_up(error)
         self._settles.clear()
         for task in self._tasks:
@@ -408,10 +443,11 @@ class StreamReceiver(spi.Receiver):
 class _Settles:
     """The answers of one `settle_batch` that are still to come."""
 
-    __slots__ = ("_failed", "_open", "_path", "future", "left")
+    __slots__ = ("_failed", "_open", "_path", "count", "first", "future", "left")
 
-    def __init__(self, count: int, path: str) -> None:
-        self.left = count
+    def __init__(self, first: int, count: int, path: str) -> None:
+        self.first = first
+        self.count = self.left = count
         self.future: asyncio.Future[Failures] = asyncio.get_running_loop().create_future()
         self._open = bytearray(b"\1") * count
         self._failed: list[tuple[int, MessagingError]] = []
@@ -419,15 +455,20 @@ class _Settles:
         if not count:
             self.future.set_result(())
 
-    def done(self, index: int) -> None:
-        self.left -= self._open[index]
-        self._open[index] = 0
+    def done(self, indexes: Numbers) -> None:
+        if isinstance(indexes, range):
+            self.left -= self._open[indexes.start : indexes.stop].count(1)
+            self._open[indexes.start : indexes.stop] = bytes(len(indexes))
+        else:
+            for index in indexes:
+                self.left -= self._open[index]
+                self._open[index] = 0
         if not self.left and not self.future.done():
             self.future.set_result(self._failed)
 
     def fail(self, index: int, error: MessagingError) -> None:
         self._failed.append((index, error))
-        self.done(index)
+        self.done([index])
 
     def give_up(self, error: MessagingError) -> None:
         for index in [i for i, is_open in enumerate(self._open) if is_open]:
@@ -511,7 +552,8 @@ class SignalReceiver(spi.Receiver):
 
 
 def _nak(delay_s: float) -> bytes:
-    return b'-NAK {"delay": %d}' % round(delay_s * 1e9) if delay_s > 0 else b"-NAK"
+    verb = b'-NAK {"delay": %d}' % round(delay_s * 1e9) if delay_s > 0 else b"-NAK"
+    return b" %d\r\n%b\r\n" % (len(verb), verb)
 
 
 def _value(header: bytes, name: bytes) -> str | None:
