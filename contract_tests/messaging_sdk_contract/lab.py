@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -198,50 +198,14 @@ class Lab:
         arrivals: list[Arrival] = []
         group = group if group is not None else (self.group if destination.tag == "topic" else None)
         async with bus.consume(destination, group=group, **options) as stream:
-
-            async def collect() -> None:
-                async for message in stream:
-                    arrivals.append(
-                        Arrival(
-                            message.body,
-                            message.id,
-                            message.key,
-                            getattr(message, "attempt", 1),
-                            getattr(message, "deliveries", None),
-                            time.monotonic(),
-                            by,
-                        )
-                    )
-                    if settle and destination.settles:
-                        with suppress(SettleLost):  # a fault came between: it arrives again, and is noted again
-                            await message.ack()
-
-            task = asyncio.create_task(collect())
+            collect = drain(stream, destination, arrivals, by, settle=settle)
+            task = asyncio.create_task(collect)
             try:
                 yield arrivals
             finally:
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
-
-    async def nothing_more(
-        self,
-        send_sentinel: Callable[[], Awaitable[object]],
-        arrivals: list[Arrival],
-        seen: int,
-        wait_s: float = PATIENCE_S,
-    ) -> list[Arrival]:
-        """Silence that is known to be silence: wait `quiet_s`, send a sentinel, require it; return what came besides.
-
-        `seen` = how many arrivals were expected before; the sentinel is the last arrival with body b"sentinel" or
-        ending in b":sentinel".
-        """
-        await asyncio.sleep(self.harness.quiet_s)
-        await send_sentinel()
-        await eventually(
-            lambda: any(a.body.endswith(b"sentinel") for a in arrivals), wait_s, "the sentinel must arrive"
-        )
-        return [a for a in arrivals[seen:] if not a.body.endswith(b"sentinel")]
 
     # --- results
 
@@ -255,6 +219,27 @@ class Lab:
     def require_fault(self, fault: Any) -> None:
         if fault not in self.harness.faults:
             self.not_run(f"the {self.harness.name} harness cannot provoke {fault!r}")
+
+
+async def drain(
+    stream: Any, destination: Destination[Any], into: list[Arrival], by: str = "", *, settle: bool = True
+) -> None:
+    """Note and, unless told otherwise, settle everything that a stream yields, until it is cancelled."""
+    async for message in stream:
+        into.append(
+            Arrival(
+                message.body,
+                message.id,
+                message.key,
+                getattr(message, "attempt", 1),
+                getattr(message, "deliveries", None),
+                time.monotonic(),
+                by,
+            )
+        )
+        if settle and destination.settles:
+            with suppress(SettleLost):  # a fault came between: it arrives again, and is noted again
+                await message.ack()
 
 
 def _dead_letters(destinations: Sequence[Destination[Any]]) -> list[Destination[Any]]:

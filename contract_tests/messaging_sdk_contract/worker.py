@@ -27,7 +27,7 @@ from messaging_sdk.config import Settings, from_mapping
 from .lab import Lab, eventually, key_before_colon
 
 Mode = Literal["consume", "hold", "run", "publish", "fork"]
-START_S: Final = 20.0
+START_S: Final = 60.0
 """A process with two busy cores in its way imports and connects within this time."""
 
 

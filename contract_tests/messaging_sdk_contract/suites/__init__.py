@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final
 
-from messaging_sdk import Bus, Capabilities, Delivery, Destination, SettleLost
+from messaging_sdk import Bus, Capabilities, Delivery, Destination
 
 from ..lab import PATIENCE_S, Arrival, Lab, eventually
 
@@ -251,25 +251,6 @@ async def victim(
         group = group if group is not None else lab.group
         stream = await stack.enter_async_context(bus.consume(destination, group=group, **options))
         yield Victim(lab, bus, stack, stream)
-
-
-async def drain(stream: Any, destination: Destination[Any], into: list[Arrival], by: str = "") -> None:
-    """Note and settle everything that a stream yields, until it is cancelled."""
-    async for delivery in stream:
-        into.append(
-            Arrival(
-                delivery.body,
-                delivery.id,
-                delivery.key,
-                getattr(delivery, "attempt", 1),
-                getattr(delivery, "deliveries", None),
-                time.monotonic(),
-                by,
-            )
-        )
-        if destination.settles:
-            with suppress(SettleLost):  # a fault came between: it arrives again, and is noted again
-                await delivery.ack()
 
 
 def register(bus: Any, destination: Destination[Any], handler: Callable[..., Any], **options: Any) -> None:

@@ -22,6 +22,7 @@ from . import (
     disorder,
     first_times,
     handling,
+    lease_of,
     opened,
     publish_all,
     real,
@@ -65,7 +66,8 @@ async def test_bat_01_a_thousand_in_batches_flow_through_a_small_window(lab: Lab
     assert most <= 10
     pause_s = max(b - a for a, b in itertools.pairwise(at))
     lab.measured.update(per_s=round(len(at) / (at[-1] - at[0])), longest_pause_s=round(pause_s, 3))
-    assert pause_s < 1.0, f"the window stalled for {pause_s:.2f} s"
+    stall_s = lease_of(caps) or lab.harness.takeover_s  # what a window that nobody refills waits for
+    assert pause_s < stall_s, f"the window stalled for {pause_s:.2f} s"
     assert bodies(await rest(lab, caps, destination)) == []
 
 

@@ -13,14 +13,13 @@ import pytest
 from messaging_sdk import CapabilityError, MessagingError, Topic, UsageError
 
 from ..cases import ALL, SETTLED, TOPICS, case
-from ..lab import Arrival, Lab, eventually
+from ..lab import Arrival, Lab, drain, eventually
 from . import (
     WAIT_S,
     arrived,
     assert_exactly,
     bodies,
     body_of,
-    drain,
     handling,
     opened,
     publish_all,

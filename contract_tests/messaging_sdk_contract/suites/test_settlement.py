@@ -15,14 +15,13 @@ from messaging_sdk.config import from_mapping
 from messaging_sdk.spi import ACCEPT
 
 from ..cases import ALL, SETTLED, case
-from ..lab import Arrival, Lab, eventually
+from ..lab import Arrival, Lab, drain, eventually
 from . import (
     WAIT_S,
     assert_exactly,
     bodies,
     body_of,
     dead_letters,
-    drain,
     handling,
     lease_of,
     opened,
