@@ -23,7 +23,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\Z")
-_REFERENCE: Final = re.compile(r"\$\{(env|file):([^}]+)\}")
+_REFERENCE: Final = re.compile(r"\$\{(\w+):([^}]+)\}")
 BACKEND_KEYS: Final = ("url", "password", "provision", "emulation")
 _TOP_KEYS: Final = ("backends", "routes", "destinations", "env")
 ENV_PREFIX: Final = "MESSAGING_"
@@ -173,15 +173,16 @@ def from_url(url: str) -> Settings:
 
 def from_file(path: str | os.PathLike[str], *, env: str | None = None) -> Settings:
     """Read a TOML file; `env` picks its `[env.<name>]` overlay."""
+    return from_mapping(_read(path), env=env, where=os.fspath(path))
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration file {os.fspath(path)}: {error.strerror}") from error
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {os.fspath(path)} is not TOML: {error}") from None
-    return from_mapping(raw, env=env, where=os.fspath(path))
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> Settings:
@@ -205,12 +206,7 @@ def from_env(environ: Mapping[str, str] | None = None) -> Settings:
     path = Path(file or DEFAULT_FILE)
     raw: dict[str, Any] = {}
     if file or path.exists():
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"configuration file {path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"configuration file {path} is not TOML: {error}") from None
+        raw = _read(path)
     elif not overlays:
         raise ConfigError(f"no configuration: set MESSAGING_URL or MESSAGING_CONFIG, or write {DEFAULT_FILE} here")
     raw = _overlaid(raw, environ.get(f"{ENV_PREFIX}ENV"), str(path))
@@ -314,6 +310,8 @@ def _resolved(value: Any, where: str, environ: Mapping[str, str]) -> Any:
             if name not in environ:
                 raise ConfigError(f"{where}: environment variable {name} is not set")
             found = environ[name]
+        elif kind != "file":
+            raise ConfigError(f"{where}: ${{{kind}:...}} is unknown; ${{env:NAME}} and ${{file:/path}} are known")
         else:
             try:
                 found = Path(name).read_text(encoding="utf-8").rstrip("\r\n")

@@ -343,6 +343,18 @@ def test_a_password_by_file_reference_is_resolved_without_its_line_end(tmp_path:
     assert settings.backends["main"].address.password == SECRET
 
 
+def test_a_reference_of_an_unknown_kind_is_refused_instead_of_taken_literally() -> None:
+    with pytest.raises(ConfigError, match=r"\$\{vault:\.\.\.\} is unknown; \$\{env:NAME\} and"):
+        from_mapping({"backends": {"a": {"url": "memory://", "password": "${vault:mq}"}}, "routes": {"*": "a"}})
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "messaging.toml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"messaging\.toml is not TOML"):
+        from_file(file)
+
+
 def test_a_reference_to_nothing_is_refused_naming_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="environment variable NO_SUCH is not set"):
         from_mapping(config(backends={"main": {"url": "memory://x", "password": "${env:NO_SUCH}"}}), environ={})
