@@ -24,7 +24,10 @@ from .destination import DEAD, Destination, Queue, Signal, Topic
 from .errors import (
     CapabilityError,
     Closed,
+    ConfigError,
     ConnectError,
+    InvalidDestination,
+    MessagingError,
     Unmet,
     UsageError,
 )
@@ -470,11 +473,11 @@ class Bus(Handlers):
 
     async def _stop_consumers(self, consumers: Iterable[Consumer], grace_s: float) -> None:
         async def stop(consumer: Consumer) -> None:
-            await consumer.stop_intake()
+            await consumer.stop_intake(min(2.0, grace_s))
             workers = self._consumers.pop(consumer, None)
             if workers is not None:
                 await workers.stop(grace_s)
-            await consumer.close(max(1.0, grace_s / 2))
+            await consumer.close(max(min(1.0, grace_s), grace_s / 2))
 
         known = [c for c in consumers if c in self._consumers]
         if known:
@@ -551,27 +554,40 @@ class Bus(Handlers):
 
     def _check_needs(self, wanted: Iterable[tuple[Destination[Any], Mapping[str, Any]]]) -> None:
         missing: dict[str, Unmet] = {}
+        wrong: dict[str, MessagingError] = {}
         for destination, flags in wanted:
-            driver, backend = self._driver_of(destination)
-            forbid = "forbid" in (self.settings.backends[backend].emulation, self._needs.emulation)
-            label = f"{backend!r} ({driver.name})"
-            found = driver.capabilities(destination)
-            if "tag" in found.notes:
-                refused = Unmet(destination.name, f"a {type(destination).__name__}", label, found.notes["tag"])
-                missing.setdefault(str(refused), refused)
-                continue
-            driver.check(destination)
-            for item in unmet(
-                found,
-                flags,
-                destination=destination.name,
-                backend=label,
-                forbid_emulation=forbid,
-                reasons=_REASONS,
-            ):
-                missing.setdefault(str(item), item)
+            try:
+                found = self._unmet_by(destination, flags)
+            except (ConfigError, InvalidDestination) as error:
+                wrong.setdefault(str(error), error)
+            else:
+                for item in found:
+                    missing.setdefault(str(item), item)
         if missing:
-            raise CapabilityError(list(missing.values()))
+            raise CapabilityError(list(missing.values()), list(wrong))
+        if len(wrong) > 1:
+            first = next(iter(wrong.values()))
+            raise type(first)(f"{len(wrong)} problems, nothing was sent:\n  - " + "\n  - ".join(wrong)) from first
+        for alone in wrong.values():
+            raise alone
+
+    def _unmet_by(self, destination: Destination[Any], flags: Mapping[str, Any]) -> list[Unmet]:
+        """What its backend lacks; raises ConfigError without a route, InvalidDestination for a name it cannot have."""
+        driver, backend = self._driver_of(destination)
+        forbid = "forbid" in (self.settings.backends[backend].emulation, self._needs.emulation)
+        label = f"{backend!r} ({driver.name})"
+        found = driver.capabilities(destination)
+        if "tag" in found.notes:
+            return [Unmet(destination.name, f"a {type(destination).__name__}", label, found.notes["tag"])]
+        driver.check(destination)
+        return unmet(
+            found,
+            flags,
+            destination=destination.name,
+            backend=label,
+            forbid_emulation=forbid,
+            reasons=_REASONS,
+        )
 
     async def _provision(self, destinations: Iterable[Destination[Any]]) -> None:
         new = [d for d in dict.fromkeys(destinations) if d not in self._provisioned]

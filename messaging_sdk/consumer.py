@@ -581,8 +581,8 @@ class Consumer(Settler):
 
     # --- the end
 
-    async def stop_intake(self) -> None:
-        """Take no more from the broker; what runs goes on. Bounded."""
+    async def stop_intake(self, timeout_s: float = 2.0) -> None:
+        """Take no more from the broker, within `timeout_s`; what runs goes on."""
         self.closing = True
         if self._intake is not None:
             self._intake.cancel()
@@ -591,7 +591,7 @@ class Consumer(Settler):
             self._intake = None
         if self._receiver is not None:
             with suppress(MessagingError, TimeoutError):
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(timeout_s):
                     await self._receiver.stop()
         for timer in self._timers.values():
             timer.cancel()
@@ -602,7 +602,7 @@ class Consumer(Settler):
         self.closing = True
         deadline = self._loop.time() + timeout_s
         if self._intake is not None:
-            await self.stop_intake()
+            await self.stop_intake(timeout_s)
         for task in list(self._tasks):
             task.cancel()
         if self._extender is not None:
@@ -783,4 +783,4 @@ class Workers:
         for task in late:
             task.cancel()
         if late:
-            await asyncio.wait(late, timeout=1.0)  # a handler that refuses to be cancelled is abandoned
+            await asyncio.wait(late, timeout=min(1.0, timeout_s))  # one that refuses to be cancelled is abandoned

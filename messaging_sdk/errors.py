@@ -143,12 +143,19 @@ class Unmet:
 
 
 class CapabilityError(MessagingError):
-    """Promises that were asked for and cannot be kept. `unmet` lists all of them, never only the first."""
+    """Promises that were asked for and cannot be kept. `unmet` lists all of them, never only the first.
 
-    def __init__(self, unmet: Sequence[Unmet]) -> None:
+    `problems` says what else is wrong with the same destinations (a name that the backend does not allow, no route).
+    """
+
+    def __init__(self, unmet: Sequence[Unmet], problems: Sequence[str] = ()) -> None:
         self.unmet = tuple(unmet)
-        lines = "\n".join(f"  - {item}" for item in self.unmet)
-        super().__init__(f"{len(self.unmet)} unmet need(s), nothing was sent:\n{lines}", outcome=Outcome.REJECTED)
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {item}" for item in (*self.unmet, *self.problems))
+        besides = f" and {len(self.problems)} other problem(s)" if self.problems else ""
+        super().__init__(
+            f"{len(self.unmet)} unmet need(s){besides}, nothing was sent:\n{lines}", outcome=Outcome.REJECTED
+        )
 
 
 class Reject(Exception):

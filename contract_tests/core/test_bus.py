@@ -194,6 +194,30 @@ def test_a_physical_name_that_only_the_dead_letters_make_too_long_is_refused_bef
     law(body)
 
 
+def test_names_routes_and_needs_that_are_wrong_are_told_together() -> None:
+    class Short(RecordingDriver):
+        def check(self, destination: Destination[Any]) -> None:
+            if len(destination.name) > 6:
+                raise InvalidDestination(f"{destination.name}: the limit is 6")
+
+    async def body() -> None:
+        url, kind = recording(check=Short.check)
+        bus = Bus({"backends": {"main": url}, "routes": {"a*": "main"}}, needs=Needs(dedup_s=1e9))
+        bus.declare(Queue("a.much.longer", bytes), Queue("astray.too.long", bytes), Queue("elsewhere", bytes))
+        with pytest.raises(InvalidDestination) as caught:
+            await bus.open()
+        assert "3 problems, nothing was sent" in str(caught.value)
+        bus.declare(Queue("a", bytes))
+        with pytest.raises(CapabilityError) as both:
+            await bus.open()
+        assert [item.destination for item in both.value.unmet] == ["a"]
+        for text in ("a.much.longer: the limit is 6", "no route for destination 'elsewhere'", "dedup_s"):
+            assert text in str(both.value)
+        assert kind.made[0].calls == []
+
+    law(body)
+
+
 def test_needs_are_checked_again_with_what_the_live_server_has() -> None:
     async def body() -> None:
         live = False
@@ -641,7 +665,7 @@ def test_close_is_bounded_whatever_part_of_the_adapter_hangs(part: str) -> None:
         await bus.publish(QUEUE, b"x")
         async with bus.consume(QUEUE) as stream:
             assert await stream.next(5) is not None
-            async with asyncio.timeout(4):
+            async with asyncio.timeout(1.5):
                 await bus.close(0.3)
 
     law(body)
