@@ -47,75 +47,88 @@ _UNSENT_POLL_S: Final = 0.005
 
 
 class Encoder:
-    """Makes the frames of messages that go to one exchange and routing key."""
+    """Makes the frames of messages that go to one exchange and routing key.
+
+    What neighbouring messages share (content type, second, sizes) is packed once: packing took half of the time.
+    """
 
     def __init__(self, exchange: str, key: str, *, durable: bool, mandatory: bool, max_body: int) -> None:
         self._publish = spec.Basic.Publish(exchange=exchange, routing_key=key, mandatory=mandatory)
         self._durable = durable
         self._max_body = max_body
         self._mode = b"\x02" if durable else b"\x01"
-        self._starts: dict[str | None, bytes] = {}
+        self._plain: tuple[str | None, int, bytes] = (None, _MODE_AND_ID, self._mode)
         self._second, self._stamp = 0, b""
         self.bind(0, 4096)
 
     def bind(self, channel: int, frame_max: int) -> None:
         """Make frames for this channel from now on, of at most `frame_max` bytes."""
         self._channel = channel
-        self._frame_max = frame_max
-        self._method: bytes = frame.Method(channel, self._publish).marshal()
+        self._room = frame_max - 8
+        method: bytes = frame.Method(channel, self._publish).marshal()
+        self._method = method
+        self._sizes, self._head, self._start = (-1, -1, -1), b"", b""
 
-    def encode(self, message: Outgoing) -> Sequence[bytes]:
-        """All frames of `message`, in pieces. Raises what makes it REJECTED: see the errors below."""
-        body = message.body
-        size = len(body)
+    def encode(self, m: Outgoing) -> Sequence[bytes]:
+        """All frames of `m`, in pieces. Raises what makes it REJECTED: see `_resize`, `_properties` and `_short`."""
+        body, created_s, content_type = m.body, m.created_s, m.content_type
+        asked = m.delay_s is not None or m.priority is not None or m.ttl_s is not None
+        if asked or m.key is not None or m.headers or m.correlation_id is not None:
+            flags, properties = self._properties(m)
+        else:
+            if content_type != self._plain[0]:
+                self._plain = (content_type, _MODE_AND_ID | 0x8000, _type(content_type) + self._mode)
+            _, flags, properties = self._plain
+        properties += _short(m.id, "message id")
+        if created_s:
+            flags |= 0x0040
+            if (second := int(created_s)) != self._second:
+                self._second, self._stamp = second, _U64.pack(second)
+            properties += self._stamp
+        sizes = (len(properties), len(body), flags)
+        if sizes != self._sizes:
+            self._resize(m, sizes)
+        if 0 < sizes[1] <= self._room:
+            return self._head, properties, self._start, body, b"\xce"
+        parts = [self._head, properties, b"\xce"]
+        for start in range(0, sizes[1], self._room):
+            piece = body[start : start + self._room]
+            parts += (_FRAME.pack(3, self._channel, len(piece)), piece, b"\xce")
+        return parts
+
+    def _resize(self, m: Outgoing, sizes: tuple[int, int, int]) -> None:
+        """Pack what precedes the properties and a body of one frame."""
+        length, size, flags = sizes
         if size > self._max_body:
             raise TooLarge(
-                f"message {message.id!r} has {size} bytes and may have {self._max_body}; raise max_message_size "
+                f"message {m.id!r} has {size} bytes and may have {self._max_body}; raise max_message_size "
                 "on the broker and max_body here, or send a reference",
                 size_bytes=size,
                 limit_bytes=self._max_body,
             )
-        flags, properties = self._properties(message)
-        length = 14 + len(properties)
-        if length + 8 > self._frame_max:
-            raise InvalidMessage(f"headers of message {message.id!r} take {length} bytes, over one frame")
-        head = _HEADER.pack(2, self._channel, length, 60, 0, size, flags)
-        room = self._frame_max - 8
-        if 0 < size <= room:
-            return self._method, head, properties, b"\xce", _FRAME.pack(3, self._channel, size), body, b"\xce"
-        parts = [self._method, head, properties, _END]
-        for start in range(0, size, room):
-            piece = body[start : start + room]
-            parts += (_FRAME.pack(3, self._channel, len(piece)), piece, _END)
-        return parts
+        if 14 + length > self._room:
+            raise InvalidMessage(f"headers of message {m.id!r} take {14 + length} bytes, over one frame")
+        self._sizes = sizes
+        self._head = self._method + _HEADER.pack(2, self._channel, 14 + length, 60, 0, size, flags)
+        self._start = b"\xce" + _FRAME.pack(3, self._channel, min(size, self._room))
 
     def _properties(self, m: Outgoing) -> tuple[int, bytes]:
-        content_type = m.content_type
-        flags = _MODE_AND_ID if content_type is None else _MODE_AND_ID | 0x8000
-        if m.key is None and not m.headers:
-            properties = self._starts.get(content_type) or self._start(content_type)
-        else:
+        """Flags and properties up to the message id, of a message that has more than most."""
+        flags, properties = _MODE_AND_ID, b""
+        if m.content_type is not None:
+            flags |= 0x8000
+            properties = _type(m.content_type)
+        if m.key is not None or m.headers:
             flags |= 0x2000
-            properties = _type(content_type) + _table(m.key, m.headers) + self._mode
+            properties += _table(m.key, m.headers)
+        properties += self._mode
         if m.correlation_id is not None:
             flags |= 0x0400
             properties += _short(m.correlation_id, "correlation id")
         if m.ttl_s is not None or m.delay_s is not None or m.priority is not None:
             flags |= 0x0100
             properties += _short(self._expiration(m), "ttl")
-        if not m.created_s:
-            return flags, properties + _short(m.id, "message id")
-        second = int(m.created_s)
-        if second != self._second:
-            self._second, self._stamp = second, _U64.pack(second)
-        return flags | 0x0040, properties + _short(m.id, "message id") + self._stamp
-
-    def _start(self, content_type: str | None) -> bytes:
-        """The properties of a message without headers, up to the delivery mode."""
-        found = _type(content_type) + self._mode
-        if len(self._starts) < 64:  # a program has a handful of types; a hostile one must not fill the memory
-            self._starts[content_type] = found
-        return found
+        return flags, properties
 
     def _expiration(self, m: Outgoing) -> str:
         asked = {"delay": m.delay_s, "priority": m.priority, "ttl": None if self._durable else m.ttl_s}
