@@ -381,17 +381,22 @@ class Consumer(Settler):
         await answer
 
     async def ack_all(self, deliveries: Iterable[Delivery[Any]]) -> None:
-        """Ack many with one wait. The first error is raised after all were sent."""
+        """Ack many with one wait. The first error is raised after all that can be were sent."""
         answers = []
+        errors: list[BaseException] = []
         for delivery in deliveries:
-            self._claim(delivery)
+            try:
+                self._claim(delivery)
+            except MessagingError as error:  # one that was lost must not keep the others unsettled
+                errors.append(error)
+                continue
             self._running.discard(delivery)
             answers.append(self._loop.create_future())
             self._settle(delivery, ACCEPT, answers[-1])
         results = await asyncio.gather(*answers, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        errors += [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            raise errors[0]
 
     async def retry(self, delivery: Delivery[Any], after_s: float) -> None:
         self._claim(delivery)

@@ -1053,6 +1053,21 @@ def test_a_stream_is_entered_once() -> None:
     law(body)
 
 
+def test_a_lost_delivery_of_a_batch_does_not_keep_the_others_unsettled() -> None:
+    async def body() -> None:
+        async with memory() as bus:
+            for n in range(3):
+                await bus.publish(QUEUE, b"%d" % n)
+            async with bus.consume(QUEUE) as stream:
+                batch = await stream.take(3, 5)
+                await batch[0].ack()
+                with pytest.raises(AlreadySettled):
+                    await stream.ack(batch)
+                assert bus.stats(QUEUE).settled == 3
+
+    law(body)
+
+
 def test_leaving_the_stream_hands_back_what_is_unsettled() -> None:
     async def body(bus: Bus, stream: Any) -> None:
         assert await stream.next(5) is not None
