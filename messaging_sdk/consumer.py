@@ -299,7 +299,10 @@ class Consumer(Settler):
             self._accepted.append(delivery.id)
         self._settlements.append((delivery.receipt, disposition))
         self._settling.append(waiter)
-        self._finish(delivery)
+        if self._lanes is None:
+            self._unsettled.pop(delivery, None)
+        else:
+            self._finish(delivery)
         if not self._flush_armed:
             self._flush_armed = True
             self._loop.call_soon(self._flush)

@@ -31,9 +31,10 @@ TAKE_OVER_POLL_S: Final = 0.1  # there is no notice of another member's last ack
 TAKE_OVER_PULL: Final = 64  # credit beyond the window while the other member's messages come back
 MESSAGE: Final = (
     rb"HMSG [^ ]++ %b (\$JS\.ACK\.%b\.(\d++)\.(\d++)\.\d++\.\d++\.\d++) (\d++) (\d++)\r\n"
-    rb"NATS/1\.0\r\nNats-Msg-Id: ([!-~]++)\r\n"
+    rb"NATS/1\.0\r\nNats-Msg-Id: ([!-~]++)\r\n(?:messaging-key: ([^%%\r\n]++)\r\n)?+"
 )
-"""A message as our senders write it, up to its id; servers with a domain in the reply subject answer otherwise."""
+"""A message as our senders write it, up to id and key; others, and those of servers that put a domain into the reply
+subject, go the longer way."""
 ACK: Final = b" 4\r\n+ACK\r\n"
 EMPTY: Final = rb"0\r\n"  # size and body of the answer to a settlement
 OURS: Final = frozenset((KEY, CORRELATION, CONTENT_TYPE, CREATED))
@@ -124,25 +125,33 @@ class StreamReceiver(spi.Receiver):
         """Take the run of messages at `at`, as far as they are ours: at half the price of `_on_frames`."""
         match, size, arrive, before = self._message.match, len(buffer), self._arrive, at
         until_s = time.monotonic() + self._ack_wait_s
+        known, head_bytes, all_bytes = (b"", b""), 0, 0
         while (found := match(buffer, at)) is not None:
-            reply, count, seq, head_size, total, id = found.groups()
+            reply, count, seq, head_size, total, id, key = found.groups()
+            if (head_size, total) != known:  # neighbours are often of one size
+                known, head_bytes, all_bytes = (head_size, total), int(head_size), int(total)
             start = found.end(5) + 2
-            body, stop = start + int(head_size), start + int(total)
+            body, stop = start + head_bytes, start + all_bytes
             if stop + 2 > size:
                 break
-            arrive(reply, int(count), int(seq), id.decode(), buffer[start:body], buffer[body:stop], until_s)
+            header = buffer[start:body]
+            key = key.decode() if key is not None else _key(header)
+            again = 1 if count == b"1" else int(count)
+            arrive(reply, again, int(seq), id.decode(), key, header, buffer[body:stop], until_s)
             at = stop + 2
         if at > before:
             self._arrived()
         return at
 
-    def _arrive(self, reply: bytes, count: int, seq: int, id: str, header: bytes, body: bytes, until_s: float) -> None:
+    def _arrive(
+        self, reply: bytes, count: int, seq: int, id: str, key: str | None, header: bytes, body: bytes, until_s: float
+    ) -> None:
         self._credit -= 1
         self._buffer.append(
             Delivery(
                 body,
                 id,
-                _key(header) if b"messaging-key" in header else None,
+                key,
                 partial(_meta, header),
                 receipt=Receipt(reply, seq, until_s),
                 session=self._session,
@@ -164,7 +173,7 @@ class StreamReceiver(spi.Receiver):
             count, seq = int(words[at]), int(words[at + 1])
             again = again or count > 1
             id = _value(header, b"\r\nNats-Msg-Id:") or f"foreign-{self._stream}-{seq}"
-            self._arrive(reply, count, seq, id, header, body, until_s)
+            self._arrive(reply, count, seq, id, _key(header), header, body, until_s)
             if self._group is not None:
                 self._see_pin(header)
         if again and self._group is not None and not self._stopped:

@@ -246,9 +246,12 @@ class Head:
         if created_ms != self._created_ms:
             self._created_ms = created_ms
             self._created = f"{CREATED}: {created_ms / 1000:.3f}\r\n" if created_ms else ""
-        head = f"NATS/1.0\r\nNats-Msg-Id: {id}\r\n{self._type}{self._created}"
-        if message.key is not None or message.correlation_id is not None:
-            head += _optional(KEY, message.key) + _optional(CORRELATION, message.correlation_id)
+        key = (
+            "" if message.key is None else _optional(KEY, message.key)
+        )  # behind the id: the receiver looks there first
+        head = f"NATS/1.0\r\nNats-Msg-Id: {id}\r\n{key}{self._type}{self._created}"
+        if message.correlation_id is not None:
+            head += _optional(CORRELATION, message.correlation_id)
         if message.headers:
             head += "".join([_line(name, value) for name, value in message.headers.items()])
         if message.ttl_s is not None or message.delay_s is not None or message.priority is not None:
