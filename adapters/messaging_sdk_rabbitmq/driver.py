@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pika
 from pika import frame
 from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
 from pika.channel import Channel
 from pika.exceptions import StreamLostError
 from pydantic import BaseModel
@@ -92,6 +93,19 @@ class Wire(_Untyped):  # type: ignore[misc]
         self._frame_buffer = buffer[used:]
         self.bytes_received += used  # pika's heartbeat check looks at it
 
+    def put(self, frames: bytes) -> None:
+        """Write whole frames: at once where nothing waits before them.
+
+        pika would wait until the socket is reported to be writable: a turn of the loop and two system calls more, a
+        fifth of the time of one awaited publish.
+        """
+        transport, sent = self._transport, 0
+        if type(transport) is _AsyncPlaintextTransport and not transport.get_write_buffer_size():
+            with suppress(OSError, AttributeError):  # full, broken or gone: pika's own way comes to know it
+                sent = transport._sock.send(frames)
+            self.bytes_sent += sent
+        self._output_marshaled_frames([frames[at : at + _WRITE_BYTES] for at in range(sent, len(frames), _WRITE_BYTES)])
+
     def _to_pika(self, whole_frame: bytes) -> None:
         self._process_frame(frame.decode_frame(whole_frame)[1])
 
@@ -142,8 +156,7 @@ class Link:
         """Put whole frames on the wire. False: the channel is gone, nothing was written."""
         if self.lost is not None or not self.channel.is_open:
             return False
-        pieces = [blob[at : at + _WRITE_BYTES] for at in range(0, len(blob), _WRITE_BYTES)]
-        self.wire._output_marshaled_frames(pieces)
+        self.wire.put(blob)
         return True
 
     @property
