@@ -43,7 +43,7 @@ class Harness(kit.Harness):
     extra_profiles = tuple(_EXTRA)
     """For single cases and flips; no whole run."""
     faults = frozenset({"cut", "restart", "kill"})
-    takeover_s = 0.5
+    takeover_s = 2.0
     recovery_s = 10.0
     quiet_s = 0.05
 
