@@ -101,8 +101,9 @@ class Wire(_Untyped):  # type: ignore[misc]
         """
         transport, sent = self._transport, 0
         if type(transport) is _AsyncPlaintextTransport and not transport.get_write_buffer_size():
+            private: Any = transport  # the published stubs of pika lack it
             with suppress(OSError, AttributeError):  # full, broken or gone: pika's own way comes to know it
-                sent = transport._sock.send(frames)
+                sent = private._sock.send(frames)
             self.bytes_sent += sent
         self._output_marshaled_frames([frames[at : at + _WRITE_BYTES] for at in range(sent, len(frames), _WRITE_BYTES)])
 
