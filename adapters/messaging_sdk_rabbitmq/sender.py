@@ -77,7 +77,8 @@ class Encoder:
             flags, properties = self._properties(m)
         else:
             if content_type != self._plain[0]:
-                self._plain = (content_type, _MODE_AND_ID | 0x8000, _type(content_type) + self._mode)
+                typed = _MODE_AND_ID if content_type is None else _MODE_AND_ID | 0x8000
+                self._plain = (content_type, typed, _type(content_type) + self._mode)
             _, flags, properties = self._plain
         properties += _short(m.id, "message id")
         if created_s:
