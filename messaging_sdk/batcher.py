@@ -281,11 +281,14 @@ class Batcher:
         self._timer = None
         waiting = [m for m in (*self._waiting_to_resend(), *self._pending) if m.waiter is not None]
         flying = [m for b in self._in_flight for m in b.messages if m.waiter is not None]
-        for message, handed_over in [(m, False) for m in waiting] + [(m, True) for m in flying]:
+        late = []
+        for message in (*waiting, *flying):
             if message.deadline_s > now:
                 due = min(due, message.deadline_s)
-                continue
-            message.maybe_stored = message.maybe_stored or handed_over
+            else:
+                late.append(message)
+        self._handed_over([m for m in flying if m.deadline_s <= now])
+        for message in late:
             self._resolve(message, self._unsent(message, self._late()))
         self._pending = deque(m for m in self._pending if m.waiter is not None)
         if not self._pending and not self._in_flight and not self._resend:
@@ -293,6 +296,12 @@ class Batcher:
         self._due_s = math.inf
         if due < math.inf:
             self._watch(due)
+
+    def _handed_over(self, messages: list[Outgoing]) -> None:
+        """Core gives up on them: they may be stored, unless the sender kept them here all the while."""
+        unsent = set(map(id, self._sender.withdraw(messages))) if self._sender is not None and messages else set()
+        for message in messages:
+            message.maybe_stored = message.maybe_stored or id(message) not in unsent
 
     def _late(self) -> DeadlineExceeded:
         error = DeadlineExceeded(
@@ -316,12 +325,12 @@ class Batcher:
         self._closed = True
         if self._opening is not None:
             self._opening.cancel()
-        sender, self._sender = self._sender, None
         left = self.unresolved
-        for batch in self._in_flight:
-            for message in batch.messages:
-                message.maybe_stored = True
-                self._resolve(message, self._unsent(message, reason))
+        flying = [m for batch in self._in_flight for m in batch.messages if m.waiter is not None]
+        self._handed_over(flying)
+        sender, self._sender = self._sender, None
+        for message in flying:
+            self._resolve(message, self._unsent(message, reason))
         for message in (*self._waiting_to_resend(), *self._pending):
             self._resolve(message, self._unsent(message, reason))
         self._pending.clear()

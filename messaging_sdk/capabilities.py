@@ -21,10 +21,10 @@ Count = Literal["none", "flag", "exact"]
 Order = Literal["none", "publisher"]
 Compete = Literal["none", "standby", "round_robin", "demand"]
 Groups = Literal["none", "live", "durable"]
-Confirm = Literal["none", "received", "stored"]
+Confirm = Literal["none", "received", "stored", "settled"]
 Durable = Literal["none", "restart", "kill"]
 BatchMode = Literal["sequential", "entries", "atomic"]
-OkMeans = Literal["buffer", "memory", "page_cache", "fsync", "quorum"]
+OkMeans = Literal["buffer", "memory", "page_cache", "fsync", "quorum", "settled"]
 
 
 class Level(StrEnum):
@@ -33,6 +33,7 @@ class Level(StrEnum):
     NATIVE = "native"  # by the broker
     EMULATED = "emulated"  # by the adapter or core; printed at start, forbidden by emulation = "forbid"
     CONFIG = "config"  # not as configured; possible with the options that the note names
+    BEST_EFFORT = "best effort"  # promised is nothing; the broker does it mostly, so that measuring it tells nothing
     NONE = "none"
 
 
@@ -67,7 +68,8 @@ class Capabilities:
     count: Count = "none"
     """exact: `Delivery.deliveries` is 1, 2, 3...; flag: only `Delivery.redelivered` is known."""
     backlog: bool = False
-    """A message published before the first consumer came waits for it."""
+    """A message published before the first consumer came waits for it: on the broker, or with confirm="settled" in its
+    sender, whose publish waits as long."""
     order: Order = "none"
     """publisher: one consumer without failures sees one publisher's messages in the order they were accepted."""
     order_redelivery: bool = False
@@ -80,7 +82,8 @@ class Capabilities:
     groups: Groups = "none"
     """durable: a declared group gets what was published while it was away; live: only while connected."""
     confirm: Confirm = "none"
-    """What a send's OK proves: stored as `ok_means` says, received by the broker, or nothing."""
+    """What a send's OK proves: stored as `ok_means` says, received by the broker, or nothing. settled: every consumer
+    that gets a copy has settled it; until then the message lives in its sender, and dies with it unconfirmed."""
     route_error: bool = False
     """A message that no queue would take is REJECTED with NotFound instead of accepted."""
     durable: Durable = "none"
@@ -102,15 +105,17 @@ class Capabilities:
     window: bool = False
     """A receiver never hands out more than its window of unsettled deliveries."""
     ok_means: OkMeans = "buffer"
-    """Where a message is when its send says OK. Beyond page_cache it cannot be proven without cutting power: cited."""
+    """Where a message is when its send says OK. Beyond page_cache it cannot be proven without cutting power: cited.
+    settled: nowhere any more, it is done."""
 
     levels: Mapping[str, Level] = field(default_factory=dict)
-    """Fields that are not NATIVE where they have a value, and CONFIG for what an option would give."""
+    """Fields that are not NATIVE where they have a value; of those without one CONFIG for what an option would give,
+    BEST_EFFORT for what happens mostly."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Per field: the reason, the limit, the option, the source of a broker fact."""
 
     def level(self, flag: str) -> Level:
-        """EMULATED or CONFIG where declared so, else NATIVE if the flag promises anything, else NONE."""
+        """What is declared in `levels`, else NATIVE if the flag promises anything, else NONE."""
         if flag in self.levels:
             return self.levels[flag]
         return Level.NATIVE if getattr(self, flag) not in NOTHING else Level.NONE
@@ -132,10 +137,10 @@ _RANKS: Final[Mapping[str, tuple[str, ...]]] = {
     "order": ("none", "publisher"),
     "compete": ("none", "standby", "round_robin", "demand"),
     "groups": ("none", "live", "durable"),
-    "confirm": ("none", "received", "stored"),
+    "confirm": ("none", "received", "stored", "settled"),
     "durable": ("none", "restart", "kill"),
     "batch": ("sequential", "entries", "atomic"),
-    "ok_means": ("buffer", "memory", "page_cache", "fsync", "quorum"),
+    "ok_means": ("buffer", "memory", "page_cache", "fsync", "quorum", "settled"),
 }
 
 

@@ -12,10 +12,10 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from .errors import ConfigError
 
@@ -40,6 +40,24 @@ def seconds(value: float | str, what: str = "duration") -> float:
             f"{what}: not a duration; write a number of seconds, or like '250ms', '1.5s', '2m', '1h', '7d'"
         )
     return float(match[1]) * _UNITS_S[match[2]]
+
+
+def _seconds_option(value: object) -> float:
+    """A number (a URL brings it as text) or a duration."""
+    if not isinstance(value, (int, float, str)):
+        raise ValueError("not a duration")
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        return seconds(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds_option)]
+"""For an adapter's Options: a number of seconds, or a duration such as "2m"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +172,13 @@ class Settings:
     destinations: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def backend_of(self, name: str) -> str:
-        """The backend of destination `name`: exact route, else the longest matching prefix. ConfigError if none."""
+        """The backend of destination `name`: exact route, else "*.<last word>", else the longest matching prefix.
+        ConfigError if none."""
         if name in self.routes:
             return self.routes[name]
+        rest, _, last = name.rpartition(".")
+        if rest and (ending := f"*.{last}") in self.routes:
+            return self.routes[ending]
         fitting = [r for r in self.routes if r.endswith("*") and name.startswith(r[:-1])]
         if not fitting:
             raise ConfigError(
@@ -241,8 +263,9 @@ def from_mapping(
             raise ConfigError(
                 f"{where}: routes.{pattern!r} must name one of the backends {', '.join(sorted(backends))}"
             )
-        if "*" in pattern[:-1]:
-            raise ConfigError(f"{where}: routes.{pattern!r}: '*' stands only at the end")
+        ending = pattern[2:] if pattern.startswith("*.") and pattern.count(".") == 1 else pattern[:-1]
+        if "*" in ending:
+            raise ConfigError(f"{where}: routes.{pattern!r}: '*' stands only at the end, or as '*.<last word>'")
     destinations = {}
     for name, blocks in _table(raw.get("destinations", {}), f"{where}: destinations").items():
         place = f"{where}: destinations.{name}"

@@ -44,6 +44,8 @@ current: Final[ContextVar[Message[Any] | None]] = ContextVar("messaging_sdk.curr
 """The message whose handler runs in this task: publishes made there carry its correlation id."""
 
 RECEIVE: Final = 500  # deliveries asked for at once: batches beyond it gained nothing
+REPEATS_S: Final = 120.0  # within which a message comes again whose settlement was lost; or two leases, if longer
+CANCEL_S: Final = 1.0  # for a cancelled handler to end; one that refuses is abandoned
 EXTENSIONS_PER_LEASE: Final = 3  # two may be late or lost before a lease runs out
 
 
@@ -127,8 +129,11 @@ class Consumer(Settler):
         self._timers: dict[Delivery[Any], asyncio.TimerHandle] = {}
         self._accepted: deque[str] = deque(maxlen=terms.window)
         self._repeats: set[str] = set()
+        self._repeats_until_s = 0.0
         self._intake: asyncio.Task[None] | None = None
         self._extender: asyncio.TimerHandle | None = None
+        self.cancel_handlers: Callable[[set[Delivery[Any]]], None] = lambda overdue: None
+        """Set by Workers: end the handlers of these deliveries, as one that was cancelled from within would."""
         self._room: asyncio.Future[None] | None = None
         self.closing = False
 
@@ -212,7 +217,8 @@ class Consumer(Settler):
             self._lanes.clear()
             for delivery in self._running:
                 self._lanes.enter(delivery)
-        self._repeats = set(self._accepted)
+        self._repeats.clear()
+        self._expect_again(self._accepted)
         self._flush()
         self._background(self._close_receiver(receiver, 1.0))
 
@@ -255,8 +261,7 @@ class Consumer(Settler):
                 delivery = cast("Delivery[Any]", message)
                 if self.closing or delivery.session.closing or delivery.session.lost:
                     continue  # what is still ours stays in _unsettled and is handed back
-                if self._repeats and delivery.id in self._repeats:
-                    self._repeats.discard(delivery.id)
+                if self._repeats and self._is_repeat(delivery.id):
                     self.stats.repeats_suppressed += 1
                     self._settle(delivery, ACCEPT)
                     continue
@@ -281,11 +286,24 @@ class Consumer(Settler):
     def accept(self, delivery: Delivery[Any]) -> None:
         """Settle as done, in the next batch. Nothing happens if it is no longer ours."""
         if delivery.session.lost:
-            self._repeats.add(delivery.id)  # it comes again, and it is done
+            self._expect_again([delivery.id])  # and it is done
             self._forget(delivery)
             return
         self._running.discard(delivery)
         self._settle(delivery, ACCEPT)
+
+    def _expect_again(self, ids: Iterable[str]) -> None:
+        """These are done, and may come once more, soon: an id that is published again later is another message."""
+        self._repeats.update(ids)
+        self._repeats_until_s = self._loop.time() + max(REPEATS_S, 2 * self.terms.capabilities.lease_s)
+
+    def _is_repeat(self, id: str) -> bool:
+        if self._loop.time() > self._repeats_until_s:
+            self._repeats.clear()
+        if id not in self._repeats:
+            return False
+        self._repeats.discard(id)
+        return True
 
     def _settle(
         self,
@@ -358,6 +376,11 @@ class Consumer(Settler):
         self._running.discard(delivery)
         delivery.settled = True
         self._finish(delivery)
+
+    def hand_over(self, delivery: Delivery[Any]) -> None:
+        """Its session is lost and its handler was cancelled: the next owner runs it, which costs it no attempt here."""
+        self.stats.handed_back += 1
+        self._forget(delivery)
 
     # --- Settler: the verbs of a stream's deliveries
 
@@ -542,7 +565,7 @@ class Consumer(Settler):
         now = self._loop.time()
         due = []
         for delivery, since in self._unsettled.items():
-            if now - since >= period_s / 2 and not delivery.session.lost:
+            if now - since >= 0.75 * period_s and not delivery.session.lost:
                 due.append(delivery)
         receiver = _leased(self._receiver)
         if due and receiver is not None:
@@ -553,7 +576,11 @@ class Consumer(Settler):
         self._extender = self._loop.call_later(period_s / 2, self._extend, period_s)
 
     async def on_revoke(self, sessions: Sequence[Session], deadline_s: float) -> None:
-        """The adapter gives up `sessions`: drop what has not started, let what runs end, settle."""
+        """The adapter gives up `sessions`: drop what has not started, let what runs end, settle.
+
+        Where order holds under competition, a handler that outlives the deadline is cancelled and its delivery handed
+        back: the next owner would run it, and what follows it, beside ours.
+        """
         gone = set(map(id, sessions))
         mine = [d for d in self._unsettled if id(d.session) in gone]
         for session in sessions:
@@ -570,12 +597,20 @@ class Consumer(Settler):
         if self._lanes is not None:  # keys whose lane waits behind a revoked delivery start anew
             self._relane()
         if deadline_s > 0:
-            end = self._loop.time() + deadline_s
-            while any(d in self._running for d in mine) and self._loop.time() < end:  # noqa: ASYNC110  # rare, and bounded
-                await asyncio.sleep(0.005)
+            await self._until_ended(mine, deadline_s)
             self._flush()
         for session in sessions:
             session.lost = True
+        overdue = self._running.intersection(mine)
+        if overdue and self.terms.capabilities.order_competition:
+            self.cancel_handlers(overdue)
+            await self._until_ended(overdue, CANCEL_S)
+
+    async def _until_ended(self, deliveries: Iterable[Delivery[Any]], wait_s: float) -> None:
+        """Wait until none of these runs, at most `wait_s`."""
+        end = self._loop.time() + wait_s
+        while not self._running.isdisjoint(deliveries) and self._loop.time() < end:  # noqa: ASYNC110  # rare, and bounded
+            await asyncio.sleep(0.005)
 
     def _relane(self) -> None:
         if self._lanes is None:
@@ -592,6 +627,7 @@ class Consumer(Settler):
     async def stop_intake(self, timeout_s: float = 2.0) -> None:
         """Take no more from the broker, within `timeout_s`; what runs goes on."""
         self.closing = True
+        self.release_takers()  # they need not wait for the backend to stop
         if self._intake is not None:
             self._intake.cancel()
             with suppress(asyncio.CancelledError, Exception):
@@ -709,6 +745,9 @@ class Workers:
         self._timeout_s = timeout_s
         self._settle_before = settle_before
         self._tasks: list[asyncio.Task[None]] = []
+        self._at: dict[asyncio.Task[None] | None, Message[Any]] = {}  # what each worker took last
+        self._revoked: set[Message[Any]] = set()
+        consumer.cancel_handlers = self._cancel
 
     def start(self) -> None:
         work = self._work_plain if self._timeout_s is None and not self._settle_before else self._work_guarded
@@ -716,6 +755,23 @@ class Workers:
             asyncio.create_task(self._root(work), name=f"worker {n} {self._consumer.terms.destination.name}")
             for n in range(self._concurrency)
         ]
+
+    def _cancel(self, overdue: set[Delivery[Any]]) -> None:
+        for task, message in self._at.items():
+            if task is not None and message in overdue:
+                self._revoked.add(message)
+                task.cancel()
+
+    def _was_revoked(self, message: Message[Any], error: BaseException | None) -> bool:
+        """Was its handler cancelled, because another member has it now? Then it is handed back; the worker goes on."""
+        if message not in self._revoked:
+            return False
+        self._revoked.discard(message)
+        task = asyncio.current_task()
+        if task is not None and task.uncancel() and isinstance(error, asyncio.CancelledError):
+            raise error  # the worker itself is to end, too
+        self._consumer.hand_over(cast("Delivery[Any]", message))
+        return True
 
     async def _root(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -731,33 +787,36 @@ class Workers:
             self._call,
             self._consumer.terms.destination.settles,
         )
+        at, me = self._at, asyncio.current_task()
         while not consumer.closing and consumer.failure is None:
             message = consumer.next()
             if message is None:
                 await consumer.wait_ready()
                 continue
             current.set(message)
+            at[me] = message
             try:
                 await call(message)
-            except asyncio.CancelledError as error:
-                _only_if_not_ours(error)
-                consumer.failed(message, error)
-            except Exception as error:
-                consumer.failed(message, error)
+            except (Exception, asyncio.CancelledError) as error:
+                if not self._was_revoked(message, error):
+                    _only_if_not_ours(error)
+                    consumer.failed(message, error)
             else:
+                if self._revoked and self._was_revoked(message, None):
+                    continue  # it swallowed its cancellation
                 if settles:
                     consumer.accept(message)  # type: ignore[arg-type]  # a settling destination yields Deliveries
 
     async def _work_guarded(self) -> None:
         """With a time limit, or settled before the handler runs: the same, at the price of a timer or a round trip."""
         consumer = self._consumer
-        settles = consumer.terms.destination.settles
         while not consumer.closing and consumer.failure is None:
             message = consumer.next()
             if message is None:
                 await consumer.wait_ready()
                 continue
             current.set(message)
+            self._at[asyncio.current_task()] = message
             if self._settle_before and isinstance(message, Delivery):
                 try:
                     await consumer.ack(message)
@@ -767,6 +826,8 @@ class Workers:
                 async with asyncio.timeout(self._timeout_s):
                     await self._call(message)
             except (Exception, asyncio.CancelledError) as error:
+                if self._was_revoked(message, error):
+                    continue
                 _only_if_not_ours(error)
                 if self._settle_before and isinstance(message, Delivery):
                     consumer.stats.failed += 1
@@ -779,7 +840,7 @@ class Workers:
                 else:
                     consumer.failed(message, error)
             else:
-                if settles and not self._settle_before and isinstance(message, Delivery):
+                if isinstance(message, Delivery) and not (self._settle_before or self._was_revoked(message, None)):
                     consumer.accept(message)
 
     async def stop(self, timeout_s: float) -> None:

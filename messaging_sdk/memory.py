@@ -14,6 +14,7 @@ from asyncio import Future
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -140,6 +141,8 @@ class Store:
         self.turn = 0
         self.look_s = math.inf  # before this, nothing here runs out
         self.serials = itertools.count()
+        self.watched: dict[Outgoing, Callable[[], None]] = {}
+        """With confirm="settled": whom to tell when a message is."""
 
     def put(self, message: Outgoing) -> None:
         now = time.monotonic()
@@ -231,6 +234,8 @@ class Store:
         if entry not in self.held or entry.holder is not receiver:
             return False
         self.held.discard(entry)
+        if self.watched and (settled := self.watched.pop(entry.message, None)) is not None:
+            settled()
         if self.ordered:
             self.offer()
         return True
@@ -339,16 +344,19 @@ class Broker:
 
     def route(self, destination: Destination[Any], message: Outgoing) -> None:
         """Store one accepted message everywhere it belongs."""
-        if destination.tag == "queue":
-            store = self.stores.get((destination.name, None))
-            if store is not None:
+        if destination.settles:
+            for store in self.targets(destination):
                 self.store(store, message)
-        elif destination.tag == "topic":
-            name = f"topic {destination.name}"
-            for group in self.topics.get(name, ()):
-                self.store(self.stores[name, group], message)
         else:
             self.signal(destination, message)
+
+    def targets(self, destination: Destination[Any]) -> list[Store]:
+        """Each store that gets a copy."""
+        if destination.tag == "queue":
+            found = self.stores.get((destination.name, None))
+            return [] if found is None else [found]
+        name = f"topic {destination.name}"
+        return [self.stores[name, group] for group in self.topics.get(name, ())]
 
     def store(self, store: Store, message: Outgoing) -> None:
         if store.receivers or store.caps.backlog:
@@ -390,14 +398,13 @@ _brokers: Final[dict[tuple[type[Broker], str], Broker]] = {}
 class MemorySender(Sender):
     """Stores each message before `send_batch` returns."""
 
-    max_in_flight = 2
-
     def __init__(self, driver: Driver, destination: Destination[Any], caps: Capabilities) -> None:
         self.driver = driver
         self.broker = driver.broker
         self.destination = destination
         self.caps = caps
         self.lost = False
+        self.max_in_flight = 1 << 30 if caps.confirm == "settled" else 2  # an outcome may wait for a handler
 
     def send_batch(self, messages: Sequence[Outgoing], on_outcomes: OnOutcomes) -> None:
         if self.lost:
@@ -413,12 +420,15 @@ class MemorySender(Sender):
                     )
         outcomes: list[tuple[int, SendResult]] = []
         for index, (message, problem) in enumerate(zip(messages, problems, strict=True)):
-            if problem is None:
+            if problem is None and self.caps.confirm == "settled":
+                self.take_until_settled(message, partial(on_outcomes, [(index, SENT)]))
+            elif problem is None:
                 self.take(message)
                 outcomes.append((index, SENT))
             else:
                 outcomes.append((index, rejected(problem)))
-        on_outcomes(outcomes)
+        if outcomes:
+            on_outcomes(outcomes)
 
     def problem(self, message: Outgoing) -> MessagingError | None:
         caps, name = self.caps, self.destination.name
@@ -446,6 +456,25 @@ class MemorySender(Sender):
             self.broker.route(self.destination, message)
         else:
             self.driver.later(LATE_S, lambda: self.broker.route(self.destination, message))
+
+    def take_until_settled(self, message: Outgoing, tell: Callable[[], None]) -> None:
+        """`tell` on the sender's loop when every store that got a copy has had it settled."""
+        repeat = self.broker.is_repeat(self.destination, message, self.caps)
+        targets = [] if repeat else self.broker.targets(self.destination)
+        stores = [s for s in targets if s.receivers or s.caps.backlog]
+        loop, left = asyncio.get_running_loop(), len(stores)
+
+        def settled() -> None:
+            nonlocal left
+            left -= 1
+            if left <= 0 and not loop.is_closed():
+                loop.call_soon_threadsafe(tell)
+
+        for store in stores:
+            store.watched[message] = settled
+            store.put(message)
+        if not stores:
+            settled()
 
     async def close(self) -> None:
         self.lost = True

@@ -70,6 +70,9 @@ class Driver(ABC):
     """The adapter's name, as in `[destinations.x] <name> = {...}` and in the matrix: "rabbitmq"."""
     client: ClassVar[str]
     """Distribution of the client library, for the evidence: "pika"."""
+    brokerless: ClassVar[bool] = False
+    """Senders and receivers speak with many peers directly, and outlive the loss of one of them: the deliveries of its
+    `Session` are lost (`on_revoke` with deadline 0), everything else goes on; ConnectionLost only after close."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     """Model of a `[backends.x]` table's own keys and of the URL's query; extra = forbid."""
     DestinationOptions: ClassVar[type[BaseModel]] = NoOptions
@@ -152,6 +155,12 @@ class Sender(ABC):
         each index exactly once, possibly before this returns. When the connection is lost the rest comes as
         INDETERMINATE. Raises ConnectionLost = nothing was taken. `messages` must not be changed by either side.
         """
+
+    def withdraw(self, messages: Sequence[Outgoing]) -> Sequence[Outgoing]:
+        """Core gives up on `messages` (deadline, close): forget those that never left this process and return them.
+        They are REJECTED then, the others INDETERMINATE. Their outcome is reported afterwards, as any. Only a sender
+        that keeps messages by itself has any to return."""
+        return ()
 
     @abstractmethod
     async def close(self) -> None:

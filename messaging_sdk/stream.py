@@ -97,6 +97,8 @@ class Stream(Generic[M]):
             if isinstance(consumer.failure, Closed):
                 raise Closed(str(consumer.failure))
             raise consumer.failure
+        if consumer.closing:  # a backend may take a while to stop; who waits here is told at once
+            raise Closed(f"{consumer.terms.destination}: the consumer is closing")
         message = consumer.next()
         if isinstance(message, Delivery):
             message.settler = consumer

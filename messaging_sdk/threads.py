@@ -7,7 +7,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -77,3 +78,74 @@ class LoopThread:
         if threading.current_thread() is not self.thread:
             self.thread.join(wait_s)
         return not self.thread.is_alive()
+
+
+class Calls:
+    """At most `size` daemon threads for a blocking client: calls go out to them, answers come back to the loop.
+
+    Made on the loop that gets the answers, which come one wake-up per burst. Threads start when they are needed.
+    Calls begin in the order of `post`; with several threads they may end in another.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self._name = name
+        self._size = size
+        self._homeward = Hop(asyncio.get_running_loop())
+        self._waiting: SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], object]] | None]
+        self._waiting = SimpleQueue()
+        self._threads = 0
+        self._unanswered = 0
+        self._stopped = False
+
+    def post(self, call: Callable[[], T], answer: Callable[[T | None, BaseException | None], object]) -> None:
+        """Run `call()` on a thread, then `answer(result, None)` or `answer(None, error)` on the loop. Never blocks.
+
+        Only from the loop's own thread. Raises RuntimeError after `stop`.
+        """
+        if self._stopped:
+            raise RuntimeError(f"{self._name}: its threads were stopped")
+        self._unanswered += 1
+        self._waiting.put((call, answer))
+        if self._threads < min(self._size, self._unanswered):
+            self._threads += 1
+            threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Await `call()`. Cancelling ends the wait at once; the call itself runs to its end and its answer is lost."""
+        waiting: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def answer(result: T | None, error: BaseException | None) -> None:
+            if waiting.done():
+                return
+            if error is None:
+                waiting.set_result(cast("T", result))
+            else:
+                waiting.set_exception(error)
+
+        self.post(call, answer)
+        return await waiting
+
+    def stop(self) -> None:
+        """End the threads behind what was posted; does not wait for them."""
+        if not self._stopped:
+            self._stopped = True
+            for _ in range(self._threads):
+                self._waiting.put(None)
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            call, answer = item
+            result, error = None, None
+            try:
+                result = call()
+            except BaseException as raised:
+                error = raised
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                self._homeward.post(self._answered, answer, result, error)
+            del item, call, answer, result, error  # an idle thread keeps nothing alive
+
+    def _answered(
+        self, answer: Callable[[Any, BaseException | None], object], result: Any, error: BaseException | None
+    ) -> None:
+        self._unanswered -= 1
+        answer(result, error)

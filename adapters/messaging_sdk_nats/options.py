@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from messaging_sdk.config import seconds
-from messaging_sdk.errors import ConfigError
-
-
-def _seconds(value: object) -> float:
-    """A number (a URL brings it as text) or a duration such as "2m"."""
-    if not isinstance(value, (int, float, str)):
-        raise ValueError("not a duration")
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
-        return seconds(value)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds)]
+from messaging_sdk.config import Seconds
 
 
 class Options(BaseModel):

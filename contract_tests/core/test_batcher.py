@@ -132,6 +132,54 @@ def test_a_deadline_after_hand_over_is_indeterminate() -> None:
     law(body)
 
 
+class KeepingSender(ScriptedSender):
+    """Keeps what it takes; all but "away" never leaves it."""
+
+    def withdraw(self, messages: Any) -> Any:
+        return [m for m in messages if m.id != "away"]
+
+
+async def keeping() -> tuple[Post, list[Taken]]:
+    wire = Wire(keep)
+
+    async def open_sender() -> ScriptedSender:
+        sender = KeepingSender(wire)
+        wire.senders.append(sender)
+        return sender
+
+    wire.open_sender = open_sender  # type: ignore[method-assign]
+    post = Post(wire)
+    await post.connect()
+    return post, wire.taken
+
+
+def test_what_a_sender_withdraws_at_the_deadline_is_rejected_and_the_rest_indeterminate() -> None:
+    async def body() -> None:
+        post, taken = await keeping()
+        away, here = post.submit("away", within_s=0.05), post.submit("here", within_s=0.05)
+        assert (await away).outcome is Outcome.INDETERMINATE
+        result = await here
+        assert (result.outcome, type(result.error)) == (Outcome.REJECTED, DeadlineExceeded)
+        for batch in taken:  # reported afterwards, as any
+            batch.answer({i: rejected(NotFound("too late")) for i in sorted(batch.open)})
+        await post.batcher.flush()
+        assert await post.close() == 0
+
+    law(body)
+
+
+def test_what_a_sender_withdraws_at_close_is_rejected_and_the_rest_indeterminate() -> None:
+    async def body() -> None:
+        post, _ = await keeping()
+        away, here = post.submit("away"), post.submit("here")
+        await turns()
+        await post.close(0.05)
+        assert (await away).outcome is Outcome.INDETERMINATE
+        assert ((await here).outcome, type((await here).error)) == (Outcome.REJECTED, Closed)
+
+    law(body)
+
+
 def test_a_deadline_before_hand_over_is_rejected() -> None:
     async def body() -> None:
         wire = Wire()

@@ -182,8 +182,8 @@ def test_all_wrong_keys_of_a_backend_come_together() -> None:
 
 
 def test_an_unknown_scheme_names_the_installed_ones() -> None:
-    with pytest.raises(ConfigError, match=r"scheme 'kafka'; installed: .*amqp.*memory.*nats"):
-        Bus("kafka://x")
+    with pytest.raises(ConfigError, match=r"scheme 'pigeon'; installed: .*amqp.*memory.*nats"):
+        Bus("pigeon://x")
 
 
 def test_a_key_both_in_the_url_and_in_the_table_is_refused() -> None:
@@ -237,6 +237,20 @@ def test_an_exact_route_wins() -> None:
 
 def test_else_the_longest_prefix_wins() -> None:
     assert routed({"*": "a", "orders.*": "b", "orders.eu.*": "c"}, "orders.eu.placed") == "c"
+
+
+def test_an_ending_wins_over_a_prefix_and_loses_to_the_whole_name() -> None:
+    backends = {name: {"url": "memory://x"} for name in ("all", "graves", "mine")}
+    routes = {"*": "all", "billing.*": "all", "*.dead": "graves", "billing.x.dead": "mine"}
+    settings = from_mapping({"backends": backends, "routes": routes})
+    names = ("billing.charge.dead", "dead", "billing.x.dead", "a.dead.letters", "a.undead")
+    assert [settings.backend_of(n) for n in names] == ["graves", "all", "mine", "all", "all"]
+
+
+@pytest.mark.parametrize("route", ["*.a.b", "a.*.dead", "*dead", "*.*"])
+def test_an_ending_is_one_word(route: str) -> None:
+    with pytest.raises(ConfigError, match="'\\*' stands only"):
+        from_mapping({"backends": {"main": {"url": "memory://x"}}, "routes": {route: "main"}})
 
 
 def test_a_prefix_ends_where_it_was_written() -> None:

@@ -559,6 +559,28 @@ def test_a_message_whose_settlement_was_lost_is_settled_again_without_a_second_r
     law(body)
 
 
+def test_an_id_that_is_published_again_much_later_is_another_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("messaging_sdk.consumer.REPEATS_S", 0.05)
+
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        receiver = await bench.start(held)
+        receiver.give("m1")
+        await eventually(lambda: held.entered)
+        receiver.break_with(ConnectionLost("cut"))
+        await eventually(lambda: len(bench.receivers) == 2)
+        held.gates["m1"].set()
+        await eventually(lambda: bench.consumer.idle)
+        await asyncio.sleep(0.1)
+        bench.receiver.give("m1")
+        await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
+        assert held.entered == ["m1", "m1"]
+        assert bench.consumer.stats.repeats_suppressed == 0
+        await bench.stop()
+
+    law(body)
+
+
 def test_a_message_settled_just_before_the_loss_is_suppressed_once_and_only_once() -> None:
     async def body() -> None:
         runs: list[str] = []
@@ -759,6 +781,56 @@ def test_a_revoked_session_starts_nothing_more_and_settles_what_runs() -> None:
         await revoking
         assert receiver.settled == [("a1", "accept")]
         assert held.entered == ["a1"] and receiver.session.lost
+        await bench.stop()
+
+    law(body)
+
+
+COMPETING = Capabilities(settle="individual", lease="connection", order="publisher", order_competition=True)
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_handler_that_outlives_its_revocation_is_cancelled_where_order_holds_under_competition(
+    swallows: bool,
+) -> None:
+    async def body() -> None:
+        held, bench = Held(), Bench(ORDERED, capabilities=COMPETING)
+
+        async def stubborn(message: Message[Any]) -> None:
+            try:
+                await held(message)
+            except asyncio.CancelledError:
+                if not swallows:
+                    raise
+
+        receiver = await bench.start(stubborn, concurrency=1)
+        for id in ("a1", "a2"):
+            receiver.give(id, key="a")
+        await eventually(lambda: held.entered == ["a1"])
+        await bench.consumer.on_revoke([receiver.session], 0.05)
+        assert bench.consumer.idle, "it ended before the session was given up"
+        assert bench.consumer.stats.handed_back == 1 and bench.consumer.stats.failed == 0
+        receiver.session = type(receiver.session)("second assignment")
+        held.gates["b1"].set()
+        receiver.give("b1", key="b")
+        await eventually(lambda: receiver.settled == [("b1", "accept")])
+        await bench.stop()
+        assert bench.stopped_by == []
+
+    law(body)
+
+
+def test_a_handler_that_outlives_its_revocation_runs_to_its_end_where_order_is_not_promised() -> None:
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        receiver = await bench.start(held)
+        receiver.give("m1")
+        await eventually(lambda: held.entered)
+        await bench.consumer.on_revoke([receiver.session], 0.05)
+        assert not bench.consumer.idle
+        held.gates["m1"].set()
+        await eventually(lambda: bench.consumer.idle)
+        assert receiver.settled == [] and bench.consumer.stats.handed_back == 0
         await bench.stop()
 
     law(body)

@@ -86,7 +86,7 @@ def test_an_adapter_imports_no_other_adapter(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ADAPTER_FILES, ids=place)
 def test_an_adapter_imports_the_vocabulary_and_the_spi_only(path: Path) -> None:
-    allowed = {"capabilities", "config", "destination", "errors", "model", "spi", "threads"}
+    allowed = {"capabilities", "config", "destination", "errors", "model", "offsets", "spi", "threads"}
     modules = {n.split(".")[1] for n in imports(path) if n.startswith("messaging_sdk.")}
     if path.name != "contract.py":
         assert modules <= allowed
