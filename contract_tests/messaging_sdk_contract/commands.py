@@ -83,10 +83,11 @@ def contract(
 
 def _whole(adapter: str, profile: str, args: Sequence[str], folder: Path | str | None) -> int:
     """All kinds side by side, and at the end what they gave together."""
-    print(f"{adapter} / {profile}: one process and one broker per kind of destination", flush=True)
+    at_once = harness_class(adapter).at_once
+    print(f"{adapter} / {profile}: one process and one broker per kind of destination, {at_once} at once", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch if folder is None else folder, f"{adapter}-{profile}.jsonl")
-        code = run_kinds([kind.name for kind in KINDS], _arguments(adapter, args), file)
+        code = run_kinds([kind.name for kind in KINDS], _arguments(adapter, args), file, at_once)
         lines = read(file) if file.exists() else []
     print("\n".join(summary(lines)))
     return code

@@ -73,7 +73,7 @@ class Flipped(Driver):
 
 def flipped(honest: type[Driver], flag: str, value: Any) -> type[Driver]:
     """A driver class that behaves as `honest` and declares `value` for `flag`."""
-    same = ("name", "client", "Options", "DestinationOptions")
+    same = ("name", "client", "brokerless", "Options", "DestinationOptions")
     body = {name: getattr(honest, name) for name in same}
     return type("Flipped", (Flipped,), {**body, "honest": honest, "flag": flag, "value": value})
 

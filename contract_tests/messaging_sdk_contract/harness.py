@@ -59,6 +59,9 @@ class Harness(ABC):
     """Within this time of a broker restart traffic flows again: boot time plus core's longest back-off."""
     quiet_s: float = 0.5
     """How long nothing may arrive before a sentinel is sent; it only bounds patience, the sentinel is the proof."""
+    at_once: ClassVar[int] = 5
+    """How many kinds of destination a whole run tries at the same time, each with a broker of its own. Fewer for a
+    broker that keeps a core busy while it boots."""
     settle_before_kill_s: float = 0.0
     """How long a fresh destination must exist before the broker may be killed (RabbitMQ's quorum queues: 2 s)."""
 
@@ -80,6 +83,19 @@ class Harness(ABC):
     def fault_backend(self) -> Mapping[str, Any]:
         """Like `backend`, but by a way that `cut` can break (a TCP proxy)."""
         return self.backend()
+
+    def dead_letter_backend(self) -> Mapping[str, Any] | None:
+        """Where "*.dead" is routed: a backend that stores, for one that stores nothing; None = like everything else."""
+        return None
+
+    def settings(self, backend: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A whole configuration for `backend` (by default `backend()`), with everything routed to it."""
+        made: dict[str, Any] = {"backends": {"test": dict(backend or self.backend())}, "routes": {"*": "test"}}
+        graves = self.dead_letter_backend()
+        if graves is not None:
+            made["backends"]["graves"] = dict(graves)
+            made["routes"]["*.dead"] = "graves"
+        return made
 
     @abstractmethod
     def environment(self) -> Environment:

@@ -10,9 +10,22 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NoReturn
 
-from messaging_sdk import Bus, Capabilities, Destination, Queue, SettleLost, Signal, Topic
+from messaging_sdk import (
+    Bus,
+    Capabilities,
+    Closed,
+    Destination,
+    MessagingError,
+    Publisher,
+    Queue,
+    Sent,
+    SettleLost,
+    Signal,
+    Topic,
+)
 from messaging_sdk.capabilities import meets
 from messaging_sdk.config import from_mapping
 from messaging_sdk.registry import make_driver
@@ -23,6 +36,13 @@ from .harness import Harness
 _counter: Final = itertools.count()
 PATIENCE_S: Final = float(os.environ.get("MESSAGING_CONTRACT_PATIENCE_S", "30"))
 """How long a case waits for what must come: it bounds only how late a failure is told; a busy machine needs long."""
+
+SETTLED_TOGETHER: Final = 50
+"""Most messages that a collecting consumer settles with one wait."""
+
+
+LASTING_S: Final = 300.0
+"""Where a message waits in its sender: the deadline of a publish, beyond any case's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +105,85 @@ class Arrival:
     by: str = ""
 
 
+async def while_outcomes_come(left: Callable[[], int]) -> None:
+    """Where ok means settled: wait until none is left, or for some turns of 10 ms none has come.
+
+    Turns and not seconds: on a busy machine they take as much longer as everything else in this process. The first
+    outcome may take longer: the sender has yet to find its consumer.
+    """
+    before, quiet, patience = left(), 0, 80
+    while before and quiet < patience:
+        await asyncio.sleep(0.01)
+        quiet += 1
+        if (now := left()) != before:
+            before, quiet, patience = now, 0, 40
+
+
+class LastingPublisher(Publisher[Any]):
+    """A publisher whose end waits as long as outcomes come, and then leaves the rest to come by itself."""
+
+    async def flush(self) -> None:
+        await while_outcomes_come(lambda: self._out)
+
+
+class LastingBus(Bus):
+    """A bus for a backend whose ok means that a consumer has settled the message, which lives in its sender until then.
+
+    A case whose consumer comes later, or settles later, would wait for itself. As a program for such a backend does,
+    this bus publishes beside the case: it waits for an outcome while outcomes come, then lets it come by itself.
+    And it outlives its consumers: `close` ends these at once, the sender and its messages only with the case.
+    What came of them is judged at the end (`failures`).
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._beside: list[asyncio.Task[Sent]] = []
+        self._publishers: list[LastingPublisher] = []
+
+    async def publish(self, destination: Destination[Any], value: Any, **options: Any) -> Sent:
+        id = options["id"] if options.get("id") is not None else f"beside-{os.getpid()}-{next(_counter)}"
+        task = asyncio.ensure_future(super().publish(destination, value, **{**options, "id": id}))
+        try:
+            await asyncio.wait({task}, timeout=0.01)  # the usual case needs no turn of its own
+            await while_outcomes_come(lambda: not task.done())
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if task.done():
+            return task.result()
+        self._beside.append(task)
+        return Sent(id)
+
+    def publisher(self, destination: Destination[Any], **options: Any) -> Any:
+        options.setdefault("window", 2000)
+        made = LastingPublisher(partial(self._outlet, destination), options["window"], self.timeout_s)
+        self._publishers.append(made)
+        return made
+
+    async def close(self, timeout_s: float = 10.0) -> None:
+        if self._state != "open" or not any(o.batcher.unresolved for o in self._outlets.values()):
+            await super().close(timeout_s)
+            return
+        self._check_loop()
+        self._state = "closed"
+        await self._stop_consumers(list(self._consumers), timeout_s * 0.5)
+
+    def failures(self) -> list[BaseException]:
+        """Sends that ended in an error after the case had gone on."""
+        found = [error for t in self._beside if t.done() and not t.cancelled() and (error := t.exception())]
+        found += [f.error for p in self._publishers for f in p.failed]
+        return [error for error in found if not isinstance(error, Closed)]
+
+    async def finish(self) -> None:
+        """The end of the sender, too."""
+        if self._outlets and self._state == "closed" and self._loop is not None:
+            self._state = "open"
+        await super().close(1.0)
+        for task in self._beside:
+            with suppress(MessagingError, asyncio.CancelledError):
+                await task
+
+
 class Lab:
     """One case on one kind of destination of one backend."""
 
@@ -99,6 +198,7 @@ class Lab:
         self._made: list[Destination[Any]] = []
         self._buses: list[Bus] = []
         self._drivers: list[Driver] = []
+        self._lasting: bool | None = None
 
     # --- destinations
 
@@ -142,11 +242,32 @@ class Lab:
     # --- buses and drivers
 
     def bus(self, backend: Mapping[str, Any] | None = None, **options: Any) -> Bus:
-        """A Bus, not yet open, with everything routed to the backend under test. Closed when the case ends."""
-        table = dict(backend if backend is not None else self.harness.backend())
-        bus = Bus(from_mapping({"backends": {"test": table}, "routes": {"*": "test"}}), **options)
+        """A Bus, not yet open, with everything routed to the backend under test. Closed when the case ends.
+
+        Where ok means settled it is a LastingBus, unless `lasting=False`.
+        """
+        lasting = options.pop("lasting", True) and self.lasting
+        if lasting:
+            options.setdefault("timeout_s", LASTING_S)
+        bus = (LastingBus if lasting else Bus)(from_mapping(self.harness.settings(backend)), **options)
         self._buses.append(bus)
         return bus
+
+    @property
+    def lasting(self) -> bool:
+        """Does a message of this backend live in its sender until it is settled?"""
+        if self._lasting is None:
+            self._lasting = self._unopened().capabilities(Queue("any", bytes)).confirm == "settled"
+        return self._lasting
+
+    @property
+    def brokerless(self) -> bool:
+        """Do senders and receivers of this backend speak with each other directly?"""
+        return self._unopened().brokerless
+
+    def _unopened(self) -> Driver:
+        settings = from_mapping(self.harness.settings())
+        return make_driver(settings.backends["test"], settings)
 
     async def open_bus(self, backend: Mapping[str, Any] | None = None, **options: Any) -> Bus:
         bus = self.bus(backend, **options)
@@ -155,8 +276,7 @@ class Lab:
 
     async def driver(self, backend: Mapping[str, Any] | None = None) -> Driver:
         """The adapter itself, opened, for what is measured below the Bus. Closed when the case ends."""
-        table = dict(backend if backend is not None else self.harness.backend())
-        settings = from_mapping({"backends": {"test": table}, "routes": {"*": "test"}})
+        settings = from_mapping(self.harness.settings(backend))
         driver = make_driver(settings.backends["test"], settings)
         self._drivers.append(driver)
         async with asyncio.timeout(30):
@@ -168,11 +288,16 @@ class Lab:
         driver = await self.driver()
         return driver.capabilities(self.destination())
 
+    def judge(self) -> None:
+        """A send that the case no longer waited for must not have failed."""
+        failed = [error for bus in self._buses if isinstance(bus, LastingBus) for error in bus.failures()]
+        assert not failed, f"{len(failed)} sends failed after the case had gone on: {failed[:2]!r}"
+
     async def close(self) -> None:
         """Close all that the case opened and delete all that it made; never raises."""
         for bus in self._buses:
             with suppress(Exception):
-                await bus.close(timeout_s=3)
+                await (bus.finish() if isinstance(bus, LastingBus) else bus.close(timeout_s=3))
         for driver in self._drivers:
             with suppress(Exception):
                 async with asyncio.timeout(3):
@@ -198,8 +323,7 @@ class Lab:
         arrivals: list[Arrival] = []
         group = group if group is not None else (self.group if destination.tag == "topic" else None)
         async with bus.consume(destination, group=group, **options) as stream:
-            collect = drain(stream, destination, arrivals, by, settle=settle)
-            task = asyncio.create_task(collect)
+            task = asyncio.create_task(drain(stream, destination, arrivals, by, settle=settle))
             try:
                 yield arrivals
             finally:
@@ -225,21 +349,23 @@ async def drain(
     stream: Any, destination: Destination[Any], into: list[Arrival], by: str = "", *, settle: bool = True
 ) -> None:
     """Note and, unless told otherwise, settle everything that a stream yields, until it is cancelled."""
-    async for message in stream:
-        into.append(
-            Arrival(
-                message.body,
-                message.id,
-                message.key,
-                getattr(message, "attempt", 1),
-                getattr(message, "deliveries", None),
-                time.monotonic(),
-                by,
+    while True:  # what is here together is settled together: an answer each may cost a request each
+        batch = await stream.take(SETTLED_TOGETHER, 3600)
+        for message in batch:
+            into.append(
+                Arrival(
+                    message.body,
+                    message.id,
+                    message.key,
+                    getattr(message, "attempt", 1),
+                    getattr(message, "deliveries", None),
+                    time.monotonic(),
+                    by,
+                )
             )
-        )
         if settle and destination.settles:
             with suppress(SettleLost):  # a fault came between: it arrives again, and is noted again
-                await message.ack()
+                await stream.ack(batch)
 
 
 def _dead_letters(destinations: Sequence[Destination[Any]]) -> list[Destination[Any]]:

@@ -31,6 +31,8 @@ _PROFILES: Final[Mapping[str, str]] = {
 _EXTRA: Final[Mapping[str, str]] = {
     # So short that no retry fits: for CAP-01.hold_s alone.
     "hold": "max_body=1048576&hold_s=1.5",
+    # Ok means that a consumer has settled it: for CAP-01.confirm and CAP-01.ok_means.
+    "settled": "max_body=1048576&confirm=settled&ok_means=settled",
     "headerless": "max_body=1048576&headers=false",
 }
 

@@ -21,12 +21,14 @@ PROGRESS_S: Final = 30.0  # a reader of a CI log should not wonder whether it ha
 LIMIT_S: Final = 1500.0  # five times what a kind takes on two busy cores
 
 
-def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path) -> int:
-    """pytest once per kind, at the same time; print each one's output when it ends; return the worst exit code."""
+def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path, at_once: int) -> int:
+    """pytest once per kind, `at_once` at the same time; print each one's output when it ends.
+
+    Returns the worst exit code.
+    """
     with tempfile.TemporaryDirectory(prefix="messaging-contract-") as name:
         folder = Path(name)
-        children = {kind: _start(kind, arguments, folder) for kind in kinds}
-        codes = _await(children, folder, evidence.stem)
+        codes = _run(kinds, arguments, folder, evidence.stem, at_once)
         evidence.parent.mkdir(parents=True, exist_ok=True)
         parts = [_part(folder, kind) for kind in kinds]
         evidence.write_text("".join(part.read_text() for part in parts if part.exists()))
@@ -53,24 +55,29 @@ def _start(kind: str, arguments: Sequence[str], folder: Path) -> subprocess.Pope
         )
 
 
-def _await(children: dict[str, subprocess.Popen[bytes]], folder: Path, label: str) -> dict[str, int]:
+def _run(kinds: Sequence[str], arguments: Sequence[str], folder: Path, label: str, at_once: int) -> dict[str, int]:
     began, told = time.monotonic(), time.monotonic()
+    waiting = list(kinds)
+    children: dict[str, subprocess.Popen[bytes]] = {}
     codes: dict[str, int] = {}
     try:
-        while len(codes) < len(children):
+        while len(codes) < len(kinds):
+            while waiting and len(children) - len(codes) < at_once:
+                kind = waiting.pop(0)
+                children[kind] = _start(kind, arguments, folder)
             for kind, child in children.items():
                 if kind not in codes and child.poll() is not None:
                     codes[kind] = child.returncode
                     said = _log(folder, kind).read_text(errors="replace")
                     # in one piece: another suite may be printing at the same time
                     print(f"\n== {label} {kind}: after {time.monotonic() - began:.0f} s\n{said}", flush=True)
-            if time.monotonic() - told > PROGRESS_S and len(codes) < len(children):
+            if time.monotonic() - told > PROGRESS_S and len(codes) < len(kinds):
                 told = time.monotonic()
-                waiting = ", ".join(k for k in children if k not in codes)
-                print(f"   ... {label}: {told - began:.0f} s, still running: {waiting}", flush=True)
+                left = ", ".join(k for k in kinds if k not in codes)
+                print(f"   ... {label}: {told - began:.0f} s, to come: {left}", flush=True)
             if time.monotonic() - began > LIMIT_S:
                 print(f"{label}: stopped after {LIMIT_S:.0f} s", flush=True)
-                return {kind: codes.get(kind, 3) for kind in children}
+                return {kind: codes.get(kind, 3) for kind in kinds}
             time.sleep(POLL_S)
         return codes
     finally:

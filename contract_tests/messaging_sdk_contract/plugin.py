@@ -257,6 +257,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
     async def main() -> None:
         await found.body(**arguments)
+        made.judge()
 
     def complain(text: str) -> None:
         pyfuncitem.add_report_section("call", "event loop", text)

@@ -29,10 +29,10 @@ from messaging_sdk import (
     Topic,
     UsageError,
 )
-from messaging_sdk.model import Outgoing, SendResult, Session, rejected
+from messaging_sdk.model import SENT, Outgoing, SendResult, Session, rejected
 from messaging_sdk.spi import ACCEPT, RELEASE, Disposition, Driver, Leased, Outcomes, Receiver, Sender
 
-from .lab import PATIENCE_S, Lab, NotRun
+from .lab import PATIENCE_S, Lab, NotRun, while_outcomes_come
 
 WAIT_S: Final = PATIENCE_S
 """For what must happen: far more than any honest broker needs."""
@@ -180,8 +180,12 @@ class Bench:
 
         try:
             sender.send_batch(messages, on_outcomes)
-            async with asyncio.timeout(WAIT_S):
-                await answer
+            if self.declared.confirm == "settled":
+                await while_outcomes_come(lambda: len(messages) - len(results))
+                results = {n: results.get(n, SENT) for n in range(len(messages))}  # the rest is on its way
+            else:
+                async with asyncio.timeout(WAIT_S):
+                    await answer
         except ConnectionLost as error:
             self._sender = None
             return [rejected(error) for _ in messages]
@@ -596,6 +600,8 @@ async def measure_window(lab: Lab) -> bool:
 
 async def measure_confirm(lab: Lab) -> str:
     """At the moment of each ok, is the message there? And does a dead connection still say ok?"""
+    if await _ok_only_when_settled(lab):
+        return "settled"
     on = await bench(lab)
     if await lab.harness.depth(on.destination, lab.group) is not None:
         sent = 10
@@ -612,6 +618,24 @@ async def measure_confirm(lab: Lab) -> str:
     if "cut" not in lab.harness.faults:
         raise NotRun("whether ok is said without an answer shows only on a cut connection")
     return await _confirm_when_cut(lab)
+
+
+async def _ok_only_when_settled(lab: Lab) -> bool:
+    """Does a send stay without an outcome while its message is in a consumer's hands, and get it then?"""
+    if not lab.kind.settles:
+        return False
+    on = await bench(lab)
+    tap, sender = await on.tap(), await on.sender()
+    outcomes: list[SendResult] = []
+    sender.send_batch([on.outgoing(on.body())], lambda found: outcomes.extend(r for _, r in found))
+    taken = await tap.take(1)
+    assert taken, "nothing arrived"
+    await asyncio.sleep(lab.harness.quiet_s)
+    if outcomes:
+        return False
+    await tap.settle(ACCEPT, taken[0])
+    await tap.until(lambda: outcomes, WAIT_S)
+    return [r.outcome for r in outcomes] == [Outcome.OK]
 
 
 async def _confirm_when_cut(lab: Lab) -> str:
@@ -699,6 +723,8 @@ async def _survives(lab: Lab, fault: str) -> bool:
 
 async def measure_ok_means(lab: Lab) -> str:
     """Where is a message when its send says ok? Only a kill of the broker can tell."""
+    if await _ok_only_when_settled(lab):
+        return "settled"
     on = await bench(lab)
     if await lab.harness.depth(on.destination, lab.group) is None or not await _waits(on):
         return "buffer"
@@ -715,6 +741,8 @@ async def measure_dedup_s(lab: Lab) -> float:
     on = await bench(lab)
     window_s = on.declared.dedup_s
     tap = await on.tap()
+    if lab.kind.settles:
+        tap.on_delivery(tap.accept_soon)  # an unsettled message may keep its key, or come again by itself
     twice = on.outgoing(on.body())
     await on.send(twice)
     await on.send(twice)

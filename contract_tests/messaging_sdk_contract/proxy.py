@@ -12,11 +12,15 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with 0 s: close sends RST 
 
 
 class TcpProxy:
-    """Forwards 127.0.0.1:`port` to `target`. Threads, so that a busy event loop under test does not delay it."""
+    """Forwards 127.0.0.1:`port` to `target`. Threads, so that a busy event loop under test does not delay it.
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
+    `target` may be set later: some brokers have to be told at their start by which address clients come.
+    """
+
+    def __init__(self, target: tuple[str, int] = ("", 0)) -> None:
+        self.target = target
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._asked: set[socket.socket] = set()  # clients whose last bytes are not answered yet
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -35,6 +39,10 @@ class TcpProxy:
                     end.shutdown(socket.SHUT_RD)
         return len(pairs)
 
+    def waiting(self) -> int:
+        """How many connections wait for an answer: where each request has one, only these can lose something."""
+        return len(self._asked)
+
     def close(self) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -48,7 +56,7 @@ class TcpProxy:
             except OSError:
                 return
             try:
-                server = socket.create_connection(self._target, timeout=5)
+                server = socket.create_connection(self.target, timeout=5)
             except OSError:
                 client.close()
                 continue
@@ -64,7 +72,12 @@ class TcpProxy:
     def _pump(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
         with suppress(OSError):
             while chunk := source.recv(CHUNK_BYTES):
+                if source is pair[0]:
+                    self._asked.add(source)
+                else:
+                    self._asked.discard(pair[0])
                 sink.sendall(chunk)
+        self._asked.discard(pair[0])
         with self._lock:
             was_cut = pair not in self._pairs
             self._pairs.discard(pair)

@@ -61,7 +61,7 @@ class Worker:
         self._read = 0
         self._events: list[dict[str, Any]] = []
         self._spec = {
-            "backend": dict(backend if backend is not None else lab.harness.backend()),
+            "settings": lab.harness.settings(backend),
             "destination": {
                 "tag": destination.tag,
                 "name": destination.name,
@@ -211,6 +211,11 @@ def fork(spec: Mapping[str, Any], settings: Settings, destination: Any, ledger: 
         bus.publish(destination, body)
         ledger.note("published", body)
 
+    def once(who: str, bus: sync.Bus) -> None:
+        note(who, bus)
+        if not destination.settles:  # nobody confirms it: it must leave before the process does
+            bus.close()
+
     def in_child(work: Callable[[], None]) -> None:
         child = os.fork()
         if child == 0:
@@ -229,14 +234,14 @@ def fork(spec: Mapping[str, Any], settings: Settings, destination: Any, ledger: 
     with sync.Bus(settings) as bus:
         unopened = sync.Bus(settings)
         note("before", bus)
-        in_child(lambda: note("child", bus))
-        in_child(lambda: note("unopened", unopened))
+        in_child(lambda: once("child", bus))
+        in_child(lambda: once("unopened", unopened))
         note("parent", bus)
 
 
 def main() -> None:
     spec = json.load(sys.stdin)
-    settings = from_mapping({"backends": {"test": spec["backend"]}, "routes": {"*": "test"}})
+    settings = from_mapping(spec["settings"])
     bus, ledger = Bus(settings), Ledger(spec["ledger"])
     destination = destination_of(spec["destination"])
     if spec["mode"] == "fork":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from messaging_sdk import Capabilities, Destination, MessagingError, NotFound, Outcome
@@ -82,6 +82,14 @@ class CloseDoesNotFlush(MemorySender):
         on_outcomes([(index, SENT) for index in range(len(messages))])
 
 
+class OkWhenHandedOver(MemorySender):
+    """Claims that ok means settled, and says it when the message is on its way."""
+
+    def take_until_settled(self, message: Outgoing, tell: Callable[[], None]) -> None:
+        super().take_until_settled(message, lambda: None)
+        asyncio.get_running_loop().call_soon(tell)
+
+
 class UnroutableOk(MemorySender):
     def problem(self, message: Outgoing) -> MessagingError | None:
         found = super().problem(message)
@@ -133,6 +141,8 @@ DOUBLES: Final = (
      "every ok must be found after a cut", with_sender(OkOnALostConnection)),
     Double("close-does-not-flush", "close drops what was accepted", ("DEL-07", "DEL-04"),
      "every ok must be found after the close", with_sender(CloseDoesNotFlush)),
+    Double("ok-when-handed-over", "ok means settled, and comes before that", ("CAP-01.confirm", "CAP-01.ok_means"),
+     "no outcome may come while a consumer holds the message", with_sender(OkWhenHandedOver), "settled"),
     Double("unroutable-ok", "a message that no queue takes is confirmed", ("DEL-05", "CAP-01.route_error"),
      "the destination is deleted behind the sender", with_sender(UnroutableOk)),
     Double("partial-failure-hidden", "a refused message in a batch is reported as ok", ("CAP-01.batch", "BAT-02"),

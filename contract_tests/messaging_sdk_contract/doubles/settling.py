@@ -141,6 +141,19 @@ class LossUnnoticed(MemoryReceiver):
             await self.waiter
 
 
+class PollsOnAfterStop(MemoryReceiver):
+    async def stop(self) -> None:
+        await super().stop()
+        self._poller = self.loop.create_task(self._poll_on())
+
+    async def _poll_on(self) -> None:
+        for _ in range(4):
+            await asyncio.sleep(0.03)
+            if self.store is not None:
+                for entry in self.store.take(self, 500):
+                    self.store.release(self, entry, 0.0)
+
+
 DOUBLES: Final = (
     Double("auto-ack", "settles on receive instead of on ack", ("ACK-02", "ACK-03"),
      "what a dead consumer had in hand must come back", with_store(AutoAck)),
@@ -174,4 +187,6 @@ DOUBLES: Final = (
      "the ledger of confirmed messages must be there", with_store(DurableNothing), "lease"),
     Double("loss-unnoticed", "an idle receiver never notices its lost connection", ("FLT-01",),
      "a message after the cut must arrive", with_receiver(LossUnnoticed)),
+    Double("polls-on-after-stop", "a stopped receiver fetches again what was handed back, and returns it", ("LIF-03",),
+     "a stop may cost a waiting message one delivery", with_receiver(PollsOnAfterStop)),
 )  # fmt: skip

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from typing import Any
 
 import pytest
 
-from messaging_sdk import Capabilities, Outcome, TooLarge
+from messaging_sdk import Capabilities, Destination, Outcome, TooLarge
 from messaging_sdk.model import Outgoing, SendResult
 
 from ..cases import ALL, SETTLED, case
@@ -115,8 +116,8 @@ async def test_bat_03_splitting_keeps_order(lab: Lab) -> None:
     """More messages, and more bytes, than one batch takes arrive complete and in the order they were sent."""
     destination = lab.destination()
     caps = await lab.capabilities()
-    bus = await opened(lab, destination)
-    small = series(destination, 1300)
+    bus = await opened(lab, destination, timeout_s=WAIT_S)
+    small = series(destination, await _beyond_one_batch(lab, destination))
     big = [b.ljust(12_000, b".") for b in series(destination, 180, start=5000)]
     sent = small + big * (caps.max_body >= 12_000) if destination.settles else small[:600]
     async with lab.collecting(bus, destination) as arrivals:
@@ -184,6 +185,15 @@ async def test_bat_05_a_partly_acked_batch_returns_its_rest(lab: Lab) -> None:
 
 
 # --- helpers
+
+
+async def _beyond_one_batch(lab: Lab, destination: Destination[Any]) -> int:
+    """How many messages make several batches, the last of them a part of one."""
+    driver = await lab.driver()
+    sender = await driver.open_sender(destination)
+    most = sender.max_batch
+    await sender.close()
+    return most * 13 // 5
 
 
 async def _sent_below(lab: Lab, destination: object, caps: Capabilities) -> tuple[dict[int, SendResult], list[bytes]]:

@@ -21,6 +21,7 @@ from messaging_sdk import (
     Destination,
     HeaderRules,
     InvalidMessage,
+    Level,
     MessagingError,
     Needs,
     Outcome,
@@ -61,6 +62,8 @@ async def test_cap_01_the_declared_value_is_the_measured_one(lab: Lab, flag: str
     lab.measured["value"] = measured
     if flag in ("order_redelivery", "order_competition") and measured and not (declared or lab.kind.ordered):
         lab.not_run("an unordered destination that happens to keep order is luck, no promise")
+    if capabilities.level(flag) is Level.BEST_EFFORT and measured not in NOTHING and declared in NOTHING:
+        lab.not_run(f"best effort, no promise: {capabilities.notes.get(flag, 'without a reason')}")
     assert agree(flag, declared, measured), f"{flag}: declared {declared!r}, measured {measured!r}"
     if declared in NOTHING:
         lab.refused()
@@ -70,7 +73,7 @@ async def test_cap_01_the_declared_value_is_the_measured_one(lab: Lab, flag: str
 async def test_cap_02_what_cannot_be_kept_is_refused_before_any_io(lab: Lab) -> None:
     """All unmet needs of all destinations come in one CapabilityError, before the backend is dialled."""
     destination = lab.destination()
-    settings = from_mapping(_routed(lab.harness.backend()))
+    settings = from_mapping(lab.harness.settings())
     before_open = _driver_class(lab)(
         settings.backends["test"].address,
         _driver_class(lab).Options.model_validate(settings.backends["test"].options),
@@ -140,7 +143,7 @@ async def test_cap_05_no_text_ever_shows_a_secret(lab: Lab) -> None:
     table["url"] = f"{scheme}://shop:{secret}@{rest.rpartition('@')[2]}"
     with _logged() as lines:
         error = await _open_error(lab, table)
-        settings = from_mapping(_routed(table))
+        settings = from_mapping(lab.harness.settings(table))
         texts = [repr(settings), str(settings), str(settings.backends["test"].address)]
         if not isinstance(error, ConfigError):
             bus = lab.bus(table)
@@ -306,12 +309,8 @@ class Script:
 # --- helpers -------------------------------------------------------------------------------------
 
 
-def _routed(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {"backends": {"test": dict(table)}, "routes": {"*": "test"}}
-
-
 def _driver_class(lab: Lab) -> type[Driver]:
-    settings = from_mapping(_routed(lab.harness.backend()))
+    settings = from_mapping(lab.harness.settings())
     return driver_class(settings.backends["test"].address.scheme)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from messaging_sdk import (
     Outcome,
     Publisher,
     Sent,
+    SettleLost,
     UsageError,
 )
 from messaging_sdk import sync as sync_api
@@ -45,6 +47,7 @@ from . import (
     rest,
     series,
     silence,
+    take,
 )
 
 
@@ -117,29 +120,19 @@ async def test_del_04_a_publish_that_returned_is_stored(lab: Lab) -> None:
     """What publish returned for arrives, although its publisher was killed right after; else the need is refused."""
     destination = lab.destination()
     caps = await lab.capabilities()
-    if caps.confirm != "stored":
+    if caps.confirm not in ("stored", "settled"):
         await _need_is_refused(lab, destination, Needs(confirm="stored"))
         return
     provisioner = await opened(lab, destination)
-    if "subprocess" in lab.harness.faults:
-        with Worker(lab, destination, "publish") as worker:
-            await worker.until("published", 1)
-            await worker.until("published", len(worker.events()) + lab.random.randrange(20, 60))
-            worker.kill()
-            confirmed = worker.bodies("published")
-        unsure = {body_of(destination, KEYS[len(confirmed) % 4], len(confirmed))}
+    if caps.confirm == "settled":  # then nothing is confirmed unless somebody consumes meanwhile
+        async with lab.collecting(provisioner, destination) as arrivals:
+            confirmed, unsure = await _confirmed_before_its_death(lab, destination)
+            await silence(lab, provisioner, destination, arrivals)
+            found = bodies(real(arrivals))
     else:
-        lab.require_fault("cut")
-        confirmed, unsure = [], set[bytes]()
-        for n in range(5):
-            bus = await opened(lab, destination, faulty=True)
-            body = body_of(destination, "k0", n)
-            await bus.publish(destination, body)
-            await lab.harness.cut()
-            confirmed.append(body)
-            await bus.close(timeout_s=0.5)
-    await provisioner.close()
-    found = bodies(await rest(lab, caps, destination, expected=confirmed))
+        confirmed, unsure = await _confirmed_before_its_death(lab, destination)
+        await provisioner.close()
+        found = bodies(await rest(lab, caps, destination, expected=confirmed))
     assert_exactly([b for b in found if b not in unsure], confirmed)
     assert all(n <= 1 for n in Counter(found).values()), "nothing was sent twice"
     lab.measured["confirmed"] = len(confirmed)
@@ -200,7 +193,7 @@ async def test_del_07_close_flushes_or_fails_each_publish(lab: Lab) -> None:
     caps = await lab.capabilities()
     other = await opened(lab, destination)
     async with lab.collecting(other, destination) as arrivals:
-        bus = await opened(lab, destination)
+        bus = await opened(lab, destination, lasting=False)
         sent = series(destination, 1000)
         tasks = [asyncio.ensure_future(bus.publish(destination, body)) for body in sent]
         for _ in range(lab.random.randrange(1, 6)):
@@ -223,9 +216,12 @@ async def test_del_07_close_flushes_or_fails_each_publish(lab: Lab) -> None:
 
 @case("DEL-08", kinds=SETTLED, flags=("confirm",), faults=("cut",))
 async def test_del_08_a_lost_connection_never_means_ok(lab: Lab) -> None:
-    """Sends cut off before their confirm are indeterminate, never OK or rejected by guess; the sender stays dead."""
+    """Cut off before its confirm a send is unsure, never OK or rejected by guess; without a broker it is sent again."""
     destination = lab.destination()
     caps = await lab.capabilities()
+    if lab.brokerless:
+        await _cut_between_peers(lab, destination)
+        return
     if caps.confirm != "stored":
         await _need_is_refused(lab, destination, Needs(confirm="stored"))
         return
@@ -326,6 +322,27 @@ async def test_del_11_a_cancelled_publish_leaves_no_wreck(lab: Lab) -> None:
 # --- helpers
 
 
+async def _confirmed_before_its_death(lab: Lab, destination: Destination[Any]) -> tuple[list[bytes], set[bytes]]:
+    """What publish returned for in a process that was killed then, and what it had under way."""
+    if "subprocess" in lab.harness.faults:
+        with Worker(lab, destination, "publish") as worker:
+            await worker.until("published", 1)
+            await worker.until("published", len(worker.events()) + lab.random.randrange(20, 60))
+            worker.kill()
+            confirmed = worker.bodies("published")
+        return confirmed, {body_of(destination, KEYS[len(confirmed) % 4], len(confirmed))}
+    lab.require_fault("cut")
+    confirmed = []
+    for n in range(5):
+        bus = await opened(lab, destination, faulty=True)
+        body = body_of(destination, "k0", n)
+        await bus.publish(destination, body)
+        await lab.harness.cut()
+        confirmed.append(body)
+        await bus.close(timeout_s=0.5)
+    return confirmed, set()
+
+
 async def _need_is_refused(lab: Lab, destination: Destination[Any], needs: Needs) -> None:
     bus = lab.bus(needs=needs)
     bus.declare(destination)
@@ -359,8 +376,48 @@ async def _cut_off(lab: Lab, destination: Destination[Any], turn: int) -> list[t
             return True
         return False
 
-    await eventually(refuses, WAIT_S, "a lost sender takes no more, from the moment it knows")
+    if any(result.outcome is not Outcome.OK for _, result in told):  # else nothing was under way that could be lost
+        await eventually(refuses, WAIT_S, "a lost sender takes no more, from the moment it knows")
     return [(sent[index], result) for index, result in told]
+
+
+async def _cut_between_peers(lab: Lab, destination: Destination[Any]) -> None:
+    """Nothing is told of a send before it is settled; a cut only makes it come again, and the sender goes on."""
+    reader = await opened(lab, destination)
+    sent = series(destination, 200)
+    driver = await lab.driver(lab.harness.fault_backend())
+    sender = await driver.open_sender(destination)
+    told: list[tuple[int, SendResult]] = []
+    async with reader.consume(destination, group=lab.group, window=50) as stream:
+        for at in (0, 100):
+
+            def on_outcomes(chunk: Outcomes, first: int = at) -> None:
+                told.extend((first + index, result) for index, result in chunk)
+
+            sender.send_batch([_outgoing(b) for b in sent[at : at + 100]], on_outcomes)
+        held = await take(stream, 4)  # one of each key
+        await lab.harness.cut()
+        assert not told, "OK for what nobody has settled"
+        await eventually(lambda: all(d.session.lost for d in held), lab.harness.takeover_s, "the cut must be noticed")
+        for delivery in held:
+            with pytest.raises(SettleLost):
+                await delivery.ack()
+        found = [d.body for d in held]
+        deadline = time.monotonic() + 2 * WAIT_S
+        while len(told) < len(sent):
+            assert time.monotonic() < deadline, f"{len(told)} of {len(sent)} have an outcome"
+            delivery = await stream.next(0.2)
+            if delivery is None:
+                continue
+            found.append(delivery.body)
+            with suppress(SettleLost):
+                await delivery.ack()
+            await asyncio.sleep(0)
+    assert sorted(index for index, _ in told) == list(range(len(sent))), "exactly one outcome each"
+    assert {result.outcome for _, result in told} == {Outcome.OK}
+    assert set(found) == set(sent)
+    lab.measured["again"] = repeated(found).total()
+    await sender.close()
 
 
 def _told(result: object) -> Outcome:
@@ -381,7 +438,7 @@ async def _send_one(publisher: Publisher[bytes], destination: Destination[Any]) 
 
 
 def _send_from_threads(lab: Lab, destination: Destination[Any], sent: list[bytes]) -> None:
-    settings = from_mapping({"backends": {"test": dict(lab.harness.backend())}, "routes": {"*": "test"}})
+    settings = from_mapping(lab.harness.settings())
     with sync_api.Bus(settings) as bus, concurrent.futures.ThreadPoolExecutor(8) as threads:
         parts = [sent[n::8] for n in range(8)]
         for done in [threads.submit(_send_part, bus, destination, part) for part in parts]:

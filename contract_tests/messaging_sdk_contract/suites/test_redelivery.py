@@ -162,6 +162,7 @@ async def test_red_05_a_failing_message_does_not_starve_others(lab: Lab) -> None
     caps = await lab.capabilities()
     poison = body_of(destination, "k0", 0)
     sent = [poison, *series(destination, 100, start=1)]
+    hold_s = 4.0  # a hundred messages, each of which may cost a request or three, pass on a busy machine
     done: list[bytes] = []
     poison_runs: list[int] = []  # how many were done when it ran
 
@@ -173,15 +174,17 @@ async def test_red_05_a_failing_message_does_not_starve_others(lab: Lab) -> None
         done.append(value)
 
     waiting = [b for b in sent if destination.ordered and key_in(b) == "k0"] or [poison]
-    async with handling(lab, destination, handle, concurrency=1, retry=Retry(5, 0.8, factor=1)) as bus:
-        await bus.publish(destination, poison)
+    async with handling(lab, destination, handle, concurrency=1, retry=Retry(5, hold_s, factor=1)) as bus:
+        # beside the case: where ok means settled they return only when all is over
+        feeding: list[asyncio.Future[Any]] = [asyncio.ensure_future(bus.publish(destination, poison))]
         await eventually(lambda: poison_runs, WAIT_S, "it must run")
-        await publish_all(bus, destination, sent[1:])
+        feeding.append(asyncio.ensure_future(publish_all(bus, destination, sent[1:])))
         others = len(sent) - len(waiting)
-        await eventually(lambda: len(done) >= others, 0.7, "the others must not wait for the retry", 0.001)
+        await eventually(lambda: len(done) >= others, 0.9 * hold_s, "the others must not wait for the retry", 0.001)
         assert len(poison_runs) == 1
         assert not set(done) & set(waiting)
         await eventually(lambda: len(done) >= len(sent), WAIT_S, "all must be handled")
+        await asyncio.gather(*feeding)
         await asyncio.sleep(lab.harness.quiet_s)
     assert_exactly(done, sent)
     assert poison_runs == [0, others]
@@ -258,9 +261,9 @@ async def test_red_08_without_dead_letters_the_original_is_kept(lab: Lab) -> Non
     """When the dead letter cannot be written the message is not settled: it is there for the next consumer."""
     destination = lab.destination()
     caps = await lab.capabilities()
-    if not caps.route_error:
-        lab.not_run("a write into a deleted queue is not reported here, so none can be made to fail")
     queue = dead_queue(lab, destination)
+    if not (await opened(lab, queue)).capabilities(queue).route_error:  # maybe of another backend, that stores
+        lab.not_run("a write into a deleted queue is not reported here, so none can be made to fail")
     body = body_of(destination, "k0", 1)
     runs: list[bytes] = []
 

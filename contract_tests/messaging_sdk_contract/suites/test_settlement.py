@@ -193,6 +193,9 @@ async def test_ack_06_a_stale_ack_is_named(lab: Lab) -> None:
         (stale,) = await holder.take(1)
         async with other.consume(destination, group=lab.group) as stream:
             await lab.harness.cut()
+            same = lab.brokerless and destination.ordered  # it comes to the same consumer, behind the stale one
+            if same:
+                await _stale(lab, stale)
             waits = [asyncio.ensure_future(s.next(takeover(lab, caps))) for s in (stream, holder.stream)]
             first, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             fresh = first.pop().result()
@@ -200,10 +203,8 @@ async def test_ack_06_a_stale_ack_is_named(lab: Lab) -> None:
                 wait.cancel()
             assert fresh is not None, "the cut delivery never came again"
             assert fresh.body == body
-            # a broker that never answers acks cannot name it before the loss shows in this process
-            await eventually(lambda: stale.session.lost, lab.harness.takeover_s, "the loss must be noticed")
-            with pytest.raises(SettleLost):
-                await stale.ack()
+            if not same:
+                await _stale(lab, stale)
             await fresh.ack()
             await asyncio.sleep(lab.harness.quiet_s)
         await holder.die()
@@ -337,7 +338,8 @@ async def test_ack_12_an_answered_ack_survives_the_connection(lab: Lab) -> None:
     destination = lab.destination()
     caps = await lab.capabilities()
     publisher = await opened(lab, destination)
-    sent = series(destination, 300)
+    # keys of their own, since a broker may hand out few of a key until some are settled; few where a lease runs
+    sent = spread(destination, 300 if caps.lease == "connection" else 60)
     await publish_all(publisher, destination, sent)
     receiver = await _receiver(lab, destination, faulty=True, window=len(sent))
     held: list[Any] = []
@@ -393,6 +395,13 @@ async def test_ack_13_settled_before_the_handler_is_at_most_once(lab: Lab) -> No
 # --- helpers
 
 
+async def _stale(lab: Lab, delivery: Any) -> None:
+    # a broker that never answers acks cannot name it before the loss shows in this process
+    await eventually(lambda: delivery.session.lost, lab.harness.takeover_s, "the loss must be noticed")
+    with pytest.raises(SettleLost):
+        await delivery.ack()
+
+
 async def _nothing(value: bytes) -> None:
     """A handler that is never run."""
 
@@ -434,7 +443,7 @@ def _settled_across_threads(lab: Lab, destination: Destination[Any]) -> None:
     """One message taken by this thread and settled by another, through the sync face."""
     import threading
 
-    settings = from_mapping({"backends": {"test": dict(lab.harness.backend())}, "routes": {"*": "test"}})
+    settings = from_mapping(lab.harness.settings())
     made: Any = sync_api.Bus(settings)
     with made as bus, bus.consume(destination, group=lab.group) as stream:
         delivery = stream.next(WAIT_S)
