@@ -36,5 +36,10 @@ make_base() { # SUITE -> image messaging-sdk-test/base:SUITE, out of this machin
 exists "$tag" && exit 0
 make_base "$(sed -n 's|^FROM messaging-sdk-test/base:||p' "$here/$service/Dockerfile")"
 cp -r "$here/$service/." "$@" "$context/"
+# What an image needs from elsewhere is fetched here and copied in: the build may reach nothing but Debian's packages.
+if [ -e "$context/fetch.sh" ]; then
+    (cd "$context" && bash fetch.sh)
+    rm "$context/fetch.sh"
+fi
 # The host's network, because a proxy or a private archive is often reachable from there only.
 docker build --force-rm --network host --tag "$tag" "$context" >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
