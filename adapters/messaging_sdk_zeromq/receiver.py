@@ -1,0 +1,471 @@
+"""Receiving: sessions with the senders, credit, settlements; and the listener of a Signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import struct
+from asyncio import Future
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final
+
+import zmq
+
+from messaging_sdk.errors import ConnectError, MessagingError
+from messaging_sdk.model import Delivery, Message, Meta, Session
+from messaging_sdk.spi import Disposition, OnRevoke, Receiver
+
+from . import errors
+from .sender import HEAD, SIGNAL_HEAD, VERSION, columns
+
+if TYPE_CHECKING:
+    from .driver import Home, Locked, Parts, Place, Wire
+
+log: Final = logging.getLogger("messaging_sdk")
+
+GOODBYE_S: Final = 1.0  # how long a closing consumer waits for its senders to have read its settlements
+TURN_S: Final = 0.05  # between looks whether the one that works has gone
+REMEMBERED: Final = 20_000  # settled ids whose settlement may be lost with a link
+
+Known = tuple[str, float]  # id and creation time: an id that is published again is another message
+Receipt = tuple["Peer", int, int, Known]  # session, frame, index in it, message
+
+
+class Peer(Session):
+    """One session with one sender."""
+
+    __slots__ = ("identity", "limit", "number", "out", "sender")
+
+    def __init__(self, identity: bytes, sender: bytes, number: int) -> None:
+        super().__init__(f"sender {sender.hex()} session {number}")
+        self.identity = identity
+        self.sender = sender
+        self.number = number
+        self.limit = 0
+        self.out = 0  # handed out by receive_batch and not settled
+
+
+class Block:
+    """The messages of one frame, taken apart. Raises ValueError or struct.error for what is none."""
+
+    __slots__ = ("bodies", "created", "ids", "rest")
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        lengths, bodies, ids, created, rest = parts
+        sizes = struct.unpack(f"<{len(lengths) // 4}I", lengths)
+        ends = [*accumulate(sizes)]
+        self.bodies = [bodies[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        self.ids = ids.decode().split("\n")
+        self.created = struct.unpack(f"<{len(created) // 8}d", created)
+        self.rest = columns(rest)
+        if not sizes or ends[-1] != len(bodies) or not len(sizes) == len(self.ids) == len(self.created):
+            raise ValueError("columns of different lengths")
+        for name in self.rest.keys() & {"k", "c", "h", "t"}:
+            column, kind = self.rest[name], dict if name == "h" else str
+            if name == "t" and not isinstance(column, list):
+                column = [column] * len(sizes)
+            fits = isinstance(column, list) and len(column) == len(sizes)
+            if not (fits and all(cell is None or isinstance(cell, kind) for cell in column)):
+                raise ValueError(f"column {name!r} does not fit")
+
+    def keys(self) -> Sequence[str | None]:
+        return self.rest.get("k") or (None,) * len(self.ids)
+
+    def meta(self, index: int) -> Meta:
+        rest = self.rest
+        kind, correlation, headers = rest.get("t"), rest.get("c"), rest.get("h")
+        return Meta(
+            (headers[index] if headers else None) or {},
+            kind[index] if isinstance(kind, list) else kind,
+            correlation[index] if correlation else None,
+            self.created[index] or None,
+        )
+
+
+class Waiting(Receiver):
+    """What both receivers share: a buffer that `receive_batch` waits for, and an end."""
+
+    def __init__(self, home: Home, place: Place, group: str | None) -> None:
+        self._home = home
+        self._place = place
+        self._group = group
+        self._loop = asyncio.get_running_loop()
+        self._buffer: deque[Any] = deque()
+        self._waiter: Future[None] | None = None
+        self._ended = False
+        self._instance = secrets.token_hex(6)
+        self._wire: Wire | None = None
+        self._announced: Locked | None = None
+        home.open.add(self)
+
+    async def _listen(self, kind: int, sink: Callable[[list[Parts]], None], **settings: Any) -> None:
+        """Bind, and be found."""
+        places: list[str] = [x.endpoint for x in self._place.listed if x.group == self._group]
+        if self._place.folder is not None:
+            places = [self._home.endpoint(self._place.folder)]
+        failure: zmq.ZMQError | None = None
+        for endpoint in places:
+            wire = self._home.wire(kind, sink, **settings)
+            try:
+                found = await wire.bind(endpoint)
+            except zmq.ZMQError as error:
+                failure = error
+                continue
+            self._wire = wire
+            if self._place.folder is not None:
+                try:
+                    self._announced = self._place.announce(found, self._group, self._instance)
+                except OSError as error:
+                    self.lose()
+                    raise errors.from_native(error, f"{self._place.name}: announcing a consumer") from error
+            return
+        self.lose()
+        what = f"{self._place.name}: none of {', '.join(places) or 'no endpoints'} can be bound"
+        if failure is None:
+            raise ConnectError(f"{what}; list some for group {self._group!r}", transient=False)
+        raise errors.from_native(failure, what) from failure
+
+    async def receive_batch(self, max_deliveries: int) -> list[Any]:
+        while True:
+            found = self._take(max_deliveries)
+            if found:
+                return found
+            if self._ended:
+                raise errors.closed(self._place.name)
+            self._waiter = self._loop.create_future()
+            await self._waiter
+
+    def _take(self, count: int) -> list[Any]:
+        buffer = self._buffer
+        return [buffer.popleft() for _ in range(min(count, len(buffer)))]
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def lose(self) -> None:
+        """The end, at once."""
+        self._ended = True
+        self._home.open.discard(self)
+        if self._announced is not None:
+            self._announced.leave()
+        if self._wire is not None:
+            self._wire.close()
+        self._wake()
+
+
+class QueueReceiver(Waiting):
+    """A worker of a Queue or of a group of a Topic."""
+
+    def __init__(
+        self, home: Home, place: Place, group: str | None, window: int, on_revoke: OnRevoke, *, ordered: bool
+    ) -> None:
+        super().__init__(home, place, group)
+        self._ordered = ordered
+        self._window = window
+        self._on_revoke = on_revoke
+        self._place_name = f"{place.name}/{group}".encode() if group else place.name.encode()
+        self._peers: dict[bytes, Peer] = {}
+        self._out = 0
+        self._stopped = False
+        self._turn: Locked | None = None
+        self._standing: asyncio.Task[None] | None = None
+        self._farewell: Future[None] | None = None
+        self._leaving: set[bytes] = set()
+        self._settled: dict[Known, bytes] = {}  # -> sender, oldest first
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    async def open(self) -> None:
+        if not self._ordered or self._place.folder is None:
+            await self._listen(zmq.ROUTER, self._arrived, gone=self._gone)
+        elif not await self._my_turn():
+            self._standing = self._background(self._stand_by())
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task whose failure ends this receiver."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._tasks.discard(ended)
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                self._failure = error
+                self._wake()
+
+        task.add_done_callback(done)
+        return task
+
+    async def _my_turn(self) -> bool:
+        self._turn = self._place.turn(self._group)
+        if self._turn is None:
+            return False
+        await self._listen(zmq.ROUTER, self._arrived, gone=self._gone)
+        return True
+
+    async def _stand_by(self) -> None:
+        """Wait until the one that works has left or died."""
+        while not await self._my_turn():  # noqa: ASYNC110  # a file lock has no event
+            await asyncio.sleep(TURN_S)
+
+    # --- what senders say
+
+    def _arrived(self, frames: list[Parts]) -> None:
+        for identity, head, *rest in frames:
+            try:
+                kind, version, number, frame = HEAD.unpack(head)
+                if version != VERSION:
+                    self._say(identity, b"N", number, 0, b"this consumer speaks version %d" % VERSION)
+                elif kind == b"H":
+                    self._greet(identity, number, *rest)
+                elif kind == b"B":
+                    self._deliver(identity, number, frame, rest)
+                elif kind == b"X":
+                    self._gone(identity)
+            except Exception as error:  # whatever a peer sends harms that peer alone
+                log.warning("%s: a frame that is not of this protocol was dropped: %r", self._place.name, error)
+                self._say(identity, b"N", 0, 0, b"that is no frame of this protocol")
+        if self._buffer:
+            self._wake()
+
+    def _say(self, identity: bytes, kind: bytes, session: int, number: int, *rest: bytes) -> None:
+        if self._wire is not None:
+            self._wire.send([identity, HEAD.pack(kind, VERSION, session, number), *rest])
+
+    def _greet(self, identity: bytes, number: int, sender: bytes, place: bytes) -> None:
+        if place != self._place_name:
+            self._say(identity, b"N", number, 0, b"here is " + self._place_name)
+            return
+        if self._stopped:
+            self._say(identity, b"Q", number, 0)
+            return
+        for old in [p for p in self._peers.values() if p.sender == sender]:
+            self._gone(old.identity)
+        peer = self._peers[identity] = Peer(identity, sender, number)
+        peer.limit = self._credit()
+        self._say(identity, b"W", number, peer.limit)
+        self._share_credit()
+
+    def _credit(self) -> int:
+        return max(1, self._window // max(1, len(self._peers)))
+
+    def _share_credit(self) -> None:
+        """The window is divided among the senders."""
+        limit = self._credit()
+        for peer in self._peers.values():
+            if peer.limit != limit and not self._stopped:
+                peer.limit = limit
+                self._say(peer.identity, b"L", peer.number, limit)
+
+    def _deliver(self, identity: bytes, number: int, frame: int, parts: Sequence[bytes]) -> None:
+        peer = self._peers.get(identity)
+        if peer is None or peer.number != number:
+            self._say(identity, b"?", number, 0)
+            return
+        (attempt,) = struct.unpack("<I", parts[0])
+        block = Block(parts[1:])
+        again, meta = attempt > 1, block.meta
+        arrived: list[Delivery[Any]] = [
+            Delivery(
+                body, id, key, partial(meta, index), receipt=(peer, frame, index, (id, at)), session=peer,
+                deliveries=attempt, redelivered=again,
+            )
+            for index, (body, id, key, at) in enumerate(
+                zip(block.bodies, block.ids, block.keys(), block.created, strict=True)
+            )
+        ]  # fmt: skip
+        if again:
+            arrived = self._not_settled(peer, frame, arrived)
+        if self._stopped:
+            self._hand_back(arrived)
+        else:
+            self._buffer.extend(arrived)
+
+    def _not_settled(self, peer: Peer, frame: int, arrived: list[Delivery[Any]]) -> list[Delivery[Any]]:
+        """Say again what was settled here and was lost with a link; return the rest."""
+        settled = self._settled  # without a creation time nobody knows whether it is the same message
+        done = [d.receipt[2] for d in arrived if d.receipt[3][1] and settled.get(d.receipt[3]) == peer.sender]
+        if done:
+            self._tell({(peer, frame): done}, {})
+        gone = set(done)
+        return [d for d in arrived if d.receipt[2] not in gone]
+
+    def _gone(self, identity: bytes) -> None:
+        """A sender left, died, or calls again: what it has is its own again."""
+        if self._wire is not None and self._farewell is not None:
+            self._leaving.discard(identity)
+            if not self._leaving and not self._farewell.done():
+                self._farewell.set_result(None)
+        peer = self._peers.pop(identity, None)
+        if peer is None:
+            return
+        peer.closing = peer.lost = True
+        self._say(identity, b"?", peer.number, 0)  # it may only have stood still, and think that all is well
+        self._out -= peer.out
+        self._buffer = deque(d for d in self._buffer if d.session is not peer)
+        self._background(self._revoke(peer))
+        self._share_credit()
+        self._wake()
+
+    async def _revoke(self, peer: Peer) -> None:
+        await self._on_revoke([peer], 0.0)
+
+    # --- what core asks
+
+    def _take(self, count: int) -> list[Any]:
+        if self._failure is not None:
+            raise self._failure
+        room = min(count, self._window - self._out, len(self._buffer))
+        if room <= 0 or self._stopped:
+            return []
+        buffer = self._buffer
+        taken = [buffer.popleft() for _ in range(room)]
+        self._out += room
+        for delivery in taken:
+            delivery.session.out += 1
+        return taken
+
+    def settle_batch(
+        self, settlements: Sequence[tuple[Any, Disposition]]
+    ) -> Future[Sequence[tuple[int, MessagingError]]] | None:
+        if self._ended:
+            raise errors.closed(self._place.name)
+        failed: list[tuple[int, MessagingError]] = []
+        accepted: dict[tuple[Peer, int], list[int]] = {}  # (session, frame) -> indexes
+        released: dict[Peer, list[bytes]] = {}
+        settled = self._settled
+        last = (Peer(b"", b"", 0), 0)
+        run: list[int] = []
+        for at, ((peer, frame, index, known), disposition) in enumerate(settlements):
+            if peer.lost:
+                failed.append((at, errors.settle_lost()))
+                continue
+            if self._ordered and disposition.kind != "accept":  # later ones of its key are on the way here
+                failed.append((at, errors.absent(self._place.name, "release")))
+                continue
+            peer.out -= 1
+            self._out -= 1
+            if disposition.kind == "accept":
+                if frame != last[1] or peer is not last[0]:
+                    last = (peer, frame)
+                    run = accepted.setdefault(last, [])
+                run.append(index)
+                settled[known] = peer.sender
+            else:
+                released.setdefault(peer, []).append(struct.pack("<IId", frame, index, disposition.delay_s))
+        self._tell(accepted, released)
+        while len(settled) > REMEMBERED:
+            del settled[next(iter(settled))]
+        if self._buffer:
+            self._wake()
+        if not failed:
+            return None
+        answer: Future[Sequence[tuple[int, MessagingError]]] = self._loop.create_future()
+        answer.set_result(failed)
+        return answer
+
+    def _tell(self, accepted: dict[tuple[Peer, int], list[int]], released: dict[Peer, list[bytes]]) -> None:
+        by_peer: dict[Peer, list[int]] = {}
+        for (peer, frame), indexes in accepted.items():
+            numbers = by_peer.setdefault(peer, [])
+            numbers += (frame, len(indexes))
+            numbers += indexes
+        for peer, numbers in by_peer.items():
+            self._say(peer.identity, b"A", peer.number, 0, struct.pack(f"<{len(numbers)}I", *numbers))
+        for peer, items in released.items():
+            self._say(peer.identity, b"R", peer.number, 0, b"".join(items))
+
+    async def stop(self) -> None:
+        self._stopped = True
+        if self._standing is not None:
+            self._standing.cancel()
+        for peer in self._peers.values():
+            self._say(peer.identity, b"Q", peer.number, 0)
+        buffer, self._buffer = self._buffer, deque()
+        self._hand_back(buffer)
+
+    def _hand_back(self, deliveries: Sequence[Delivery[Any]] | deque[Any]) -> None:
+        """Give back what was never handed out; that is no delivery, hence the negative delay."""
+        returned: dict[Peer, list[bytes]] = {}
+        for delivery in deliveries:
+            peer, frame, index, _ = delivery.receipt
+            returned.setdefault(peer, []).append(struct.pack("<IId", frame, index, -1.0))
+        self._tell({}, returned)
+
+    async def close(self) -> None:
+        """Say goodbye, and be found until every sender has read it: else it would send again what is settled."""
+        if self._ended:
+            return
+        try:
+            await self.stop()
+            self._leaving = set(self._peers)
+            if self._leaving:
+                self._farewell = self._loop.create_future()
+                for peer in self._peers.values():
+                    self._say(peer.identity, b"X", peer.number, 0)
+                await asyncio.wait({self._farewell}, timeout=GOODBYE_S)
+        finally:
+            self.lose()
+
+    def lose(self) -> None:
+        if self._standing is not None:
+            self._standing.cancel()
+        for peer in self._peers.values():
+            peer.closing = peer.lost = True
+        self._peers.clear()
+        super().lose()
+        if self._turn is not None:
+            self._turn.leave()
+
+
+class SignalReceiver(Waiting):
+    """A listener of a Signal, alone or as a member of a group."""
+
+    def __init__(self, home: Home, place: Place, group: str | None, buffer: int) -> None:
+        super().__init__(home, place, group)
+        self._limit = buffer
+        self._next: dict[tuple[bytes, bytes], int] = {}  # sender and topic -> number of the next message
+        self._topic = f"@{self._instance}.{group or ''}\0".encode()
+
+    async def open(self) -> None:
+        everyone = b"*%s\0" % self._place.name.encode()
+        topics = [self._topic] if self._group else [everyone, self._topic]  # its own last: it means that all are there
+        await self._listen(zmq.SUB, self._arrived, topics=topics, high_water=self._home.options.signal_frames)
+
+    def _arrived(self, frames: list[Parts]) -> None:
+        for topic, head, *parts in frames:
+            try:
+                _, version, sender, number = SIGNAL_HEAD.unpack(head)
+                if version != VERSION:
+                    raise ValueError(f"version {version}")
+                block = Block(parts)
+            except Exception as error:
+                log.warning("%s: a frame that is not of this protocol was dropped: %r", self._place.name, error)
+                continue
+            count, stream = len(block.ids), (sender, topic)
+            self.dropped += max(0, number - self._next.get(stream, number))  # libzmq drops in silence: the gap tells
+            self._next[stream] = number + count
+            if len(self._next) > REMEMBERED:
+                del self._next[next(iter(self._next))]
+            room = max(0, self._limit - len(self._buffer))
+            self.dropped += max(0, count - room)
+            for index, (body, id, key) in enumerate(zip(block.bodies[:room], block.ids, block.keys(), strict=False)):
+                self._buffer.append(Message(body, id, key, partial(block.meta, index)))
+        if self._buffer:
+            self._wake()
+
+    def settle_batch(
+        self, settlements: Sequence[tuple[Any, Disposition]]
+    ) -> Future[Sequence[tuple[int, MessagingError]]] | None:
+        return None  # a Signal settles nothing
+
+    async def stop(self) -> None:
+        """What is here already is nobody else's."""
+
+    async def close(self) -> None:
+        self.lose()
