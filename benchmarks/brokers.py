@@ -10,7 +10,18 @@ from typing import Final
 
 from .job import Job
 
-URLS: Final = {"rabbitmq": "MESSAGING_TEST_RABBITMQ_URL", "nats": "MESSAGING_TEST_NATS_URL"}
+URLS: Final = {
+    "rabbitmq": "MESSAGING_TEST_RABBITMQ_URL",
+    "nats": "MESSAGING_TEST_NATS_URL",
+    "sqs": "MESSAGING_TEST_SQS_URL",
+}
+
+_SERVICES: Final = {"rabbitmq": "rabbitmq43", "sqs": "ministack"}
+_PORTS: Final = {"rabbitmq": 5672, "sqs": 4566}
+_ADDRESSES: Final = {
+    "rabbitmq": "amqp://sdk:sdk@{}:{}",
+    "sqs": "sqs://test:test@us-east-1/?endpoint=http://{}:{}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,10 @@ class Broker:
             from . import raw_nats
 
             await raw_nats.fill(job)
+        elif self.name == "sqs":
+            from . import raw_sqs
+
+            raw_sqs.fill(job)
         else:
             from . import raw_rabbitmq
 
@@ -51,6 +66,11 @@ class Broker:
             client = await nats.connect(self.url)
             await client.jetstream().delete_stream(job.stream)
             await client.close()
+        elif self.name == "sqs":
+            from . import raw_sqs
+
+            sqs = raw_sqs.client(self.url)
+            sqs.delete_queue(QueueUrl=raw_sqs.queue_url(sqs, job))
         else:
             import pika
 
@@ -62,7 +82,8 @@ class Broker:
 def running(name: str) -> Iterator[Broker]:
     """The broker `name`, at the URL in the environment or started here and ended with the block.
 
-    NATS is embedded as a child process; RabbitMQ runs in a container. Raises EngineMissing without an engine.
+    NATS is embedded as a child process; RabbitMQ, and ministack for SQS, run in a container. Raises EngineMissing
+    without an engine.
     """
     url = os.environ.get(URLS[name])
     if url is not None:
@@ -75,9 +96,9 @@ def running(name: str) -> Iterator[Broker]:
     else:
         from messaging_sdk_contract.live import start_service
 
-        service = start_service("rabbitmq43")
+        service = start_service(_SERVICES[name])
         try:
-            url = "amqp://sdk:sdk@{}:{}".format(*service.address(5672))
+            url = _ADDRESSES[name].format(*service.address(_PORTS[name]))
             service.wait_ready(lambda: _version(url))
             yield Broker(name, url, _version(url))
         finally:

@@ -20,7 +20,16 @@ from rich.table import Table
 from .job import Sample
 from .plan import Row, Target, rows
 
-DISTRIBUTIONS: Final = ("portable-messaging", "pika", "nats-py", "faststream", "aio-pika", "pydantic", "pydantic-core")
+DISTRIBUTIONS: Final = (
+    "portable-messaging",
+    "pika",
+    "nats-py",
+    "boto3",
+    "faststream",
+    "aio-pika",
+    "pydantic",
+    "pydantic-core",
+)
 TITLES: Final = {
     "publish_one": "publish, one at a time",
     "publish_windowed": "publish, windowed",
@@ -34,7 +43,12 @@ CLIENTS: Final = {
     "ours_model": "ours, pydantic",
     "faststream": "FastStream",
 }
-BROKERS: Final = {"rabbitmq": "RabbitMQ", "nats": "NATS JetStream", "core": "core alone (a driver that does nothing)"}
+BROKERS: Final = {
+    "rabbitmq": "RabbitMQ",
+    "nats": "NATS JetStream",
+    "sqs": "SQS (ministack)",
+    "core": "core alone (a driver that does nothing)",
+}
 
 Key = tuple[str, str, int, str]
 
@@ -216,8 +230,10 @@ def _shown(verdict: Verdict) -> str:
 
 def markdown(report: Report) -> str:
     """The README's table: a line per row, ours beside the others."""
-    brokers = ", ".join(report.versions[n] for n in ("rabbitmq", "nats") if n in report.versions)
-    clients = ", ".join(f"{n} {report.versions[n]}" for n in ("pika", "nats-py", "faststream"))
+    brokers = ", ".join(report.versions[n] for n in ("rabbitmq", "nats", "sqs") if n in report.versions)
+    clients = ", ".join(
+        f"{n} {report.versions[n]}" for n in ("pika", "nats-py", "boto3", "faststream") if n in report.versions
+    )
     lines = [
         *([f"**{report.machine['note']}**", ""] if "note" in report.machine else []),
         f"Measured {report.date}: {brokers}, {clients}, Python {report.versions['python']}, "

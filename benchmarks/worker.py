@@ -16,6 +16,7 @@ _MODULES: Final = {
     ("rabbitmq", "best"): "raw_rabbitmq",
     ("nats", "usual"): "raw_nats",
     ("nats", "best"): "raw_nats",
+    ("sqs", "usual"): "raw_sqs",
     ("rabbitmq", "faststream"): "with_faststream",
     ("nats", "faststream"): "with_faststream",
 }
