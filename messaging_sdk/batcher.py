@@ -289,7 +289,7 @@ class Batcher:
                 late.append(message)
         self._handed_over([m for m in flying if m.deadline_s <= now])
         for message in late:
-            self._resolve(message, self._unsent(message, self._late()))
+            self._resolve(message, self._unsent(message, self._late(message)))
         self._pending = deque(m for m in self._pending if m.waiter is not None)
         if not self._pending and not self._in_flight and not self._resend:
             self._idle.set()
@@ -303,9 +303,10 @@ class Batcher:
         for message in messages:
             message.maybe_stored = message.maybe_stored or id(message) not in unsent
 
-    def _late(self) -> DeadlineExceeded:
+    def _late(self, message: Outgoing) -> DeadlineExceeded:
+        what = "no outcome within the deadline" if message.maybe_stored else "nobody took it within the deadline"
         error = DeadlineExceeded(
-            f"{self._name}: no outcome within the deadline"
+            f"{self._name}: {what}"
             + (f"; the connection's last error: {self._last_error}" if self._last_error and not self._sender else "")
         )
         error.__cause__ = self._last_error if not self._sender else None

@@ -105,7 +105,7 @@ class Outlet(Generic[T]):
     def _too_large(self, size_bytes: int) -> TooLarge:
         return TooLarge(
             f"{self.destination}: the encoded message has {size_bytes} bytes, backend {self.backend!r} takes "
-            f"{self._max_body}; send a reference to it, or raise the backend's limit",
+            f"{self._max_body}; send a reference to it, or raise the limit where the backend has an option for it",
             size_bytes=size_bytes,
             limit_bytes=self._max_body,
         )

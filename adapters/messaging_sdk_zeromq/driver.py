@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import ipaddress
 import json
 import os
 import secrets
+import socket as system_socket
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -104,8 +106,11 @@ class Driver(spi.Driver):
             raise ConfigError("zeromq: the url has a user; there is nobody to check one: use the curve_ options")
         if len(address.hosts) > 1 or (address.hosts and address.hosts[0][1]):
             raise ConfigError("zeromq: the url names this machine's address or none, without a port")
-        if address.host in ("*", "0.0.0.0") or ":" in address.host:
-            raise ConfigError("zeromq: the url's host is the IPv4 address or name by which others reach this machine")
+        if address.host and not _is_own_address(address.host):
+            raise ConfigError(
+                f"zeromq: the url's host is {address.host!r}; write the IPv4 address by which others reach this "
+                "machine, or the name of its network interface"
+            )
         if address.path == "/":
             raise ConfigError("zeromq: the url's path is the rendezvous directory, as in zeromq:///run/app")
         if not address.host and len(os.fsencode(address.path)) > MAX_SOCKET_PATH - len("/s/0123456789ab"):
@@ -123,6 +128,8 @@ class Driver(spi.Driver):
     def capabilities(self, destination: Destination[Any]) -> Capabilities:
         block = self.block(destination)
         listed = bool(block.groups if destination.tag == "topic" else block.consumers)
+        if destination.name.rpartition(".")[2] == DEAD and destination.settles:
+            return Capabilities(notes={"tag": f'a route of "*.{DEAD}" to a backend that stores: ZeroMQ keeps nothing'})
         if (
             not self.root
             and not self.address.host
@@ -133,8 +140,6 @@ class Driver(spi.Driver):
             return Capabilities(notes={"tag": f"a directory in the url, or zeromq.{where} for this destination"})
         if not destination.settles:
             return SIGNAL
-        if destination.name.rpartition(".")[2] == DEAD:
-            return Capabilities(notes={"tag": f'a route of "*.{DEAD}" to a backend that stores: ZeroMQ keeps nothing'})
         notes = dict(QUEUE.notes)
         single = not listed or all(len(e) == 1 for e in (block.groups.values() or [block.consumers]))
         ordered = destination.ordered and single
@@ -198,7 +203,10 @@ class Driver(spi.Driver):
                 except OSError as error:
                     raise errors.from_native(error, f"{destination} in {self.root}") from error
             elif not place.folder.is_dir():
-                raise NotFound(f'{destination} is not known in {self.root}; provision = "create" makes it')
+                raise NotFound(
+                    f"{destination} is not known in {self.root}: compare it with the directory of the other processes; "
+                    'if it is right, provision = "create" makes it'
+                )
 
     def place(self, destination: Destination[Any]) -> Place:
         block = self.block(destination)
@@ -542,6 +550,14 @@ class Wire:
             self._timer.cancel()
         asyncio.get_running_loop().remove_reader(socket.FD)
         socket.close(linger_ms)
+
+
+def _is_own_address(host: str) -> bool:
+    """Can a socket be bound to it, and connect from it? libzmq takes IPv4 addresses and interfaces, but no names."""
+    try:
+        return not ipaddress.IPv4Address(host).is_unspecified
+    except ValueError:
+        return host in {name for _, name in system_socket.if_nameindex()}
 
 
 def _events(socket: zmq.Socket[bytes]) -> int:

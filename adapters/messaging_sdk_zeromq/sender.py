@@ -316,10 +316,11 @@ class Outbox:
         if endpoint not in self._warned:
             self._warned.add(endpoint)
             log.warning(
-                "%s: the consumer at %s does not answer: it is frozen or not reachable, or one of them does not know "
-                "the other's CURVE key",
-                self.place.name, endpoint,
-            )  # fmt: skip
+                "%s: the consumer at %s does not answer: it is frozen or not reachable%s",
+                self.place.name,
+                endpoint,
+                ", or one of them does not know the other's CURVE key" if self.home.options.curve_public else "",
+            )
 
     # --- messages come and go
 

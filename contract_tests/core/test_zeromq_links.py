@@ -550,3 +550,21 @@ def test_a_sender_holds_no_more_than_it_may_and_says_what_became_of_each(tmp_pat
             assert [isinstance(e, Backpressure) for e in done] == [False] * 5 + [True] * 3
 
     drive(main(), 40)
+
+
+def test_a_host_that_no_socket_can_be_bound_to_is_refused() -> None:
+    for host in ("localhost", "0.0.0.0", "no.such.host"):
+        with pytest.raises(ConfigError, match="IPv4 address"):
+            Bus(config(f"zeromq://{host}/run/app"))
+    Bus(config("zeromq://lo/run/app"))
+
+
+def test_a_publish_that_nobody_takes_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        queue = Queue(fresh(), bytes)
+        async with buses(1, config(f"zeromq://127.0.0.1{tmp_path}/meet"), queue) as (sender,):
+            with pytest.raises(DeadlineExceeded, match="nobody took it") as caught:
+                await sender.publish(queue, b"x", timeout_s=0.2)
+            assert caught.value.outcome is Outcome.REJECTED
+
+    drive(main())
