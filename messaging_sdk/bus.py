@@ -466,6 +466,7 @@ class Bus(Handlers):
             registration.concurrency,
             registration.timeout_s,
             registration.settle_before,
+            blocking=registration.blocking,
         )
         self._consumers[consumer] = workers
         workers.start()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from .errors import ConfigError
 
@@ -44,10 +44,12 @@ def seconds(value: float | str, what: str = "duration") -> float:
 
 def _seconds_option(value: object) -> float:
     """A number (a URL brings it as text) or a duration."""
-    if not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("not a duration")
     try:
         return float(value)
+    except OverflowError:
+        raise ValueError("not a duration") from None
     except ValueError:
         pass
     try:
@@ -56,7 +58,7 @@ def _seconds_option(value: object) -> float:
         raise ValueError(str(error)) from None
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds_option)]
+Seconds = Annotated[float, BeforeValidator(_seconds_option), Field(allow_inf_nan=False)]
 """For an adapter's Options: a number of seconds, or a duration such as "2m"."""
 
 

@@ -46,7 +46,7 @@ current: Final[ContextVar[Message[Any] | None]] = ContextVar("messaging_sdk.curr
 RECEIVE: Final = 500  # deliveries asked for at once: batches beyond it gained nothing
 REPEATS_S: Final = 120.0  # within which a message comes again whose settlement was lost; or two leases, if longer
 CANCEL_S: Final = 1.0  # for a cancelled handler to end; one that refuses is abandoned
-EXTENSIONS_PER_LEASE: Final = 3  # two may be late or lost before a lease runs out
+EXTENSIONS_PER_LEASE: Final = 3  # one may be late or lost before a lease runs out
 
 
 @dataclass(slots=True)
@@ -130,6 +130,8 @@ class Consumer(Settler):
         self._accepted: deque[str] = deque(maxlen=terms.window)
         self._repeats: set[str] = set()
         self._repeats_until_s = 0.0
+        self._done: set[Delivery[Any]] = set()
+        """Arrived again, and handled before."""
         self._intake: asyncio.Task[None] | None = None
         self._extender: asyncio.TimerHandle | None = None
         self.cancel_handlers: Callable[[set[Delivery[Any]]], None] = lambda overdue: None
@@ -182,6 +184,7 @@ class Consumer(Settler):
                 continue
             self.stats.reopened += 1
             self._receiver = receiver
+            self._expect_again(())  # from now on they can come
             self._watch_leases()
             return receiver
 
@@ -192,6 +195,8 @@ class Consumer(Settler):
             unsettled, now = self._unsettled, self._loop.time()
             for delivery in cast("Sequence[Delivery[Any]]", arrivals):
                 unsettled[delivery] = now
+                if self._repeats and self._is_repeat(delivery.id):
+                    self._done.add(delivery)
                 if lanes is None or lanes.enter(delivery):
                     ready.append(delivery)
         else:
@@ -218,7 +223,8 @@ class Consumer(Settler):
             for delivery in self._running:
                 self._lanes.enter(delivery)
         self._repeats.clear()
-        self._expect_again(self._accepted)
+        self._expect_again([*self._accepted, *(d.id for d in self._done)])
+        self._done.clear()
         self._flush()
         self._background(self._close_receiver(receiver, 1.0))
 
@@ -261,7 +267,7 @@ class Consumer(Settler):
                 delivery = cast("Delivery[Any]", message)
                 if self.closing or delivery.session.closing or delivery.session.lost:
                     continue  # what is still ours stays in _unsettled and is handed back
-                if self._repeats and self._is_repeat(delivery.id):
+                if (self._done or self._repeats) and self._is_done(delivery):
                     self.stats.repeats_suppressed += 1
                     self._settle(delivery, ACCEPT)
                     continue
@@ -296,6 +302,12 @@ class Consumer(Settler):
         """These are done, and may come once more, soon: an id that is published again later is another message."""
         self._repeats.update(ids)
         self._repeats_until_s = self._loop.time() + max(REPEATS_S, 2 * self.terms.capabilities.lease_s)
+
+    def _is_done(self, delivery: Delivery[Any]) -> bool:
+        if delivery in self._done:
+            self._done.discard(delivery)
+            return True
+        return self._is_repeat(delivery.id)  # its handler may have ended after it arrived
 
     def _is_repeat(self, id: str) -> bool:
         if self._loop.time() > self._repeats_until_s:
@@ -593,6 +605,8 @@ class Consumer(Settler):
                     timer.cancel()
                 self._unsettled.pop(delivery, None)
         dropped = set(mine)
+        self._expect_again([d.id for d in self._done & dropped])
+        self._done -= dropped
         self.ready = deque(d for d in self.ready if d not in dropped)
         if self._lanes is not None:  # keys whose lane waits behind a revoked delivery start anew
             self._relane()
@@ -738,6 +752,8 @@ class Workers:
         concurrency: int,
         timeout_s: float | None,
         settle_before: bool,
+        *,
+        blocking: bool = False,
     ) -> None:
         self._consumer = consumer
         self._call = call
@@ -747,7 +763,8 @@ class Workers:
         self._tasks: list[asyncio.Task[None]] = []
         self._at: dict[asyncio.Task[None] | None, Message[Any]] = {}  # what each worker took last
         self._revoked: set[Message[Any]] = set()
-        consumer.cancel_handlers = self._cancel
+        if not blocking:  # a thread cannot be cancelled: it keeps its lane, and its id is remembered
+            consumer.cancel_handlers = self._cancel
 
     def start(self) -> None:
         work = self._work_plain if self._timeout_s is None and not self._settle_before else self._work_guarded
@@ -791,6 +808,7 @@ class Workers:
         while not consumer.closing and consumer.failure is None:
             message = consumer.next()
             if message is None:
+                self._at.pop(asyncio.current_task(), None)  # idle: nobody's handler is to be cancelled here
                 await consumer.wait_ready()
                 continue
             current.set(message)
@@ -813,6 +831,7 @@ class Workers:
         while not consumer.closing and consumer.failure is None:
             message = consumer.next()
             if message is None:
+                self._at.pop(asyncio.current_task(), None)  # idle: nobody's handler is to be cancelled here
                 await consumer.wait_ready()
                 continue
             current.set(message)

@@ -33,7 +33,7 @@ from .errors import (
     TooLarge,
     Unmet,
 )
-from .model import SENT, Delivery, Message, Meta, Outgoing, SendResult, Session, rejected
+from .model import SENT, Delivery, Message, Meta, Outgoing, SendResult, Session, indeterminate, rejected
 from .spi import Disposition, OnOutcomes, OnRevoke, Provision, Receiver, Sender
 from .spi import Driver as AbstractDriver
 
@@ -395,6 +395,11 @@ class Broker:
 _brokers: Final[dict[tuple[type[Broker], str], Broker]] = {}
 
 
+def _both(one: Callable[[], None], other: Callable[[], None]) -> None:
+    one()
+    other()
+
+
 class MemorySender(Sender):
     """Stores each message before `send_batch` returns."""
 
@@ -404,6 +409,8 @@ class MemorySender(Sender):
         self.destination = destination
         self.caps = caps
         self.lost = False
+        self.unsettled: dict[Outgoing, Callable[..., None]] = {}
+        """With confirm="settled": who is yet to be told of what."""
         self.max_in_flight = 1 << 30 if caps.confirm == "settled" else 2  # an outcome may wait for a handler
 
     def send_batch(self, messages: Sequence[Outgoing], on_outcomes: OnOutcomes) -> None:
@@ -421,7 +428,8 @@ class MemorySender(Sender):
         outcomes: list[tuple[int, SendResult]] = []
         for index, (message, problem) in enumerate(zip(messages, problems, strict=True)):
             if problem is None and self.caps.confirm == "settled":
-                self.take_until_settled(message, partial(on_outcomes, [(index, SENT)]))
+                self.unsettled[message] = partial(self.tell, message, index, on_outcomes)
+                self.take_until_settled(message, self.unsettled[message])
             elif problem is None:
                 self.take(message)
                 outcomes.append((index, SENT))
@@ -460,9 +468,9 @@ class MemorySender(Sender):
     def take_until_settled(self, message: Outgoing, tell: Callable[[], None]) -> None:
         """`tell` on the sender's loop when every store that got a copy has had it settled."""
         repeat = self.broker.is_repeat(self.destination, message, self.caps)
-        targets = [] if repeat else self.broker.targets(self.destination)
-        stores = [s for s in targets if s.receivers or s.caps.backlog]
-        loop, left = asyncio.get_running_loop(), len(stores)
+        stores = [s for s in self.broker.targets(self.destination) if s.receivers or s.caps.backlog]
+        firsts = [(s, m) for s in stores for m in s.watched if m.id == message.id]
+        loop, left = asyncio.get_running_loop(), len(firsts if repeat else stores)
 
         def settled() -> None:
             nonlocal left
@@ -470,14 +478,27 @@ class MemorySender(Sender):
             if left <= 0 and not loop.is_closed():
                 loop.call_soon_threadsafe(tell)
 
-        for store in stores:
-            store.watched[message] = settled
-            store.put(message)
-        if not stores:
+        if not left:
             settled()
+        elif repeat:  # ok when the first one is
+            for store, first in firsts:
+                store.watched[first] = partial(_both, store.watched[first], settled)
+        else:
+            for store in stores:
+                store.watched[message] = settled
+                store.put(message)
+
+    def tell(self, message: Outgoing, index: int, on_outcomes: OnOutcomes, result: SendResult = SENT) -> None:
+        if self.unsettled.pop(message, None) is not None:
+            on_outcomes([(index, result)])
+
+    def lose(self) -> None:
+        self.lost = True
+        for tell in list(self.unsettled.values()):
+            tell(indeterminate(ConnectionLost("the memory connection was cut")))
 
     async def close(self) -> None:
-        self.lost = True
+        self.lose()
 
 
 class MemoryReceiver(Receiver):
@@ -746,7 +767,7 @@ class Driver(AbstractDriver):
     def lose(self) -> None:
         """Drop this connection and all that lives on it."""
         for sender in self.senders:
-            sender.lost = True
+            sender.lose()
         self.senders.clear()
         for receiver in list(self.receivers):
             receiver.lose()

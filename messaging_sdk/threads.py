@@ -119,6 +119,8 @@ class Calls:
                 return
             if error is None:
                 waiting.set_result(cast("T", result))
+            elif isinstance(error, StopIteration):  # which a future does not take
+                waiting.set_exception(RuntimeError(f"the call raised {error!r}"))
             else:
                 waiting.set_exception(error)
 

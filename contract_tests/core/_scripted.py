@@ -238,10 +238,11 @@ class Bench:
         concurrency: int = 1,
         timeout_s: float | None = None,
         settle_before: bool = False,
+        blocking: bool = False,
     ) -> ScriptedReceiver:
         await self.consumer.start()
         if handler is not None:
-            self.workers = Workers(self.consumer, handler, concurrency, timeout_s, settle_before)
+            self.workers = Workers(self.consumer, handler, concurrency, timeout_s, settle_before, blocking=blocking)
             self.workers.start()
         return self.receiver
 

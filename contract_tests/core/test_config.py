@@ -13,10 +13,10 @@ from _drive import fresh
 from _scripted import RecordingDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from messaging_sdk import Bus, ConfigError, MessagingError, Queue, Settings
-from messaging_sdk.config import Address, from_env, from_file, from_mapping, from_url, parse_address, seconds
+from messaging_sdk.config import Address, Seconds, from_env, from_file, from_mapping, from_url, parse_address, seconds
 from messaging_sdk.registry import register
 
 SECRET = "S3CR3T"
@@ -434,3 +434,10 @@ def test_a_secret_shows_in_no_error_of_a_route(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError) as caught:
         settings.backend_of(Queue("b", bytes).name)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["inf", "nan", "", True, 10**400, None])
+def test_a_configured_duration_is_a_finite_number_or_a_duration(wrong: object) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(Seconds).validate_python(wrong)
+    assert TypeAdapter(Seconds).validate_python("2m") == 120.0

@@ -581,6 +581,50 @@ def test_an_id_that_is_published_again_much_later_is_another_message(monkeypatch
     law(body)
 
 
+def test_a_repeat_that_came_in_time_may_wait_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("messaging_sdk.consumer.REPEATS_S", 0.1)
+
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        receiver = await bench.start(held)
+        held.gates["m1"].set()
+        receiver.give("m1")
+        await eventually(lambda: receiver.settled)
+        receiver.break_with(ConnectionLost("cut"))
+        await eventually(lambda: len(bench.receivers) == 2)
+        bench.receiver.give("m2")
+        bench.receiver.give("m1")
+        await asyncio.sleep(0.2)  # m1 waits behind m2, whose handler takes its time
+        held.gates["m2"].set()
+        await eventually(lambda: ("m1", "accept") in bench.receiver.settled)
+        assert held.entered == ["m1", "m2"]
+        await bench.stop()
+
+    law(body)
+
+
+def test_repeats_are_expected_from_the_moment_they_can_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage that is longer than repeats are expected for does not make them forgotten."""
+    monkeypatch.setattr("messaging_sdk.consumer.REPEATS_S", 0.1)
+
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        receiver = await bench.start(held)
+        held.gates["m1"].set()
+        receiver.give("m1")
+        await eventually(lambda: receiver.settled)
+        bench.refusals.extend(ConnectError("still down") for _ in range(3))
+        receiver.break_with(ConnectionLost("cut"))
+        bench.consumer._repeats_until_s = 0.0  # as if the outage had lasted
+        await eventually(lambda: len(bench.receivers) == 2)
+        bench.receiver.give("m1")
+        await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
+        assert held.entered == ["m1"]
+        await bench.stop()
+
+    law(body)
+
+
 def test_a_message_settled_just_before_the_loss_is_suppressed_once_and_only_once() -> None:
     async def body() -> None:
         runs: list[str] = []
@@ -831,6 +875,53 @@ def test_a_handler_that_outlives_its_revocation_runs_to_its_end_where_order_is_n
         held.gates["m1"].set()
         await eventually(lambda: bench.consumer.idle)
         assert receiver.settled == [] and bench.consumer.stats.handed_back == 0
+        await bench.stop()
+
+    law(body)
+
+
+def test_a_worker_that_waits_is_not_ended_by_the_revocation_of_what_it_ran_before() -> None:
+    """The dead letter of what it refused is still on its way when its session goes."""
+
+    async def body() -> None:
+        held, bench = Held(), Bench(ORDERED, capabilities=COMPETING)
+        bench.bury_error = ConnectError("no dead letters now")
+
+        async def refusing(message: Message[Any]) -> None:
+            await held(message)
+            if message.id == "a1":
+                raise Reject("no")
+
+        receiver = await bench.start(refusing, concurrency=1)
+        held.gates["a1"].set()
+        receiver.give("a1", key="a")
+        await eventually(lambda: bench.bury_tries)
+        await bench.consumer.on_revoke([receiver.session], 0.05)
+        receiver.session = type(receiver.session)("second assignment")
+        held.gates["b1"].set()
+        receiver.give("b1", key="b")
+        await eventually(lambda: ("b1", "accept") in receiver.settled)
+        await bench.stop()
+
+    law(body)
+
+
+def test_a_handler_in_a_thread_keeps_its_key_though_its_session_is_revoked() -> None:
+    """A thread cannot be cancelled: its message must not start a second time beside it."""
+
+    async def body() -> None:
+        held, bench = Held(), Bench(ORDERED, capabilities=COMPETING)
+        receiver = await bench.start(held, concurrency=2, blocking=True)
+        receiver.give("a1", key="a")
+        await eventually(lambda: held.entered == ["a1"])
+        await bench.consumer.on_revoke([receiver.session], 0.02)
+        receiver.session = type(receiver.session)("second assignment")
+        receiver.give("a1", key="a")
+        await asyncio.sleep(0.05)
+        assert held.entered == ["a1"]
+        held.gates["a1"].set()
+        await eventually(lambda: receiver.settled == [("a1", "accept")])
+        assert held.entered == ["a1"]
         await bench.stop()
 
     law(body)

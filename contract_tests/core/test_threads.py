@@ -53,6 +53,8 @@ async def test_what_a_call_raises_is_the_answer() -> None:
 
     with pytest.raises(ValueError, match="no"):
         await calls.run(fail)
+    with pytest.raises(RuntimeError, match="StopIteration"):  # a future takes none
+        await calls.run(lambda: next(iter(())))
     assert await calls.run(lambda: 7) == 7, "the thread lives on"
     calls.stop()
 
