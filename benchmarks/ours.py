@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from messaging_sdk import Bus, Queue, Signal
+from messaging_sdk import Bus, Queue
+from messaging_sdk.config import from_url
+from messaging_sdk.registry import make_driver
 
 from .job import CONCURRENCY, WARM_UP, WINDOW, Job, Reading, Sample, Stopwatch
 
@@ -126,10 +128,14 @@ async def provision(job: Job) -> None:
 
 async def server_version(url: str) -> str:
     """What the live server says it is; raises what connecting raises."""
-    bus = Bus(url)
-    bus.declare(Signal("bench", bytes))  # makes nothing on the broker
-    async with bus:
-        return bus.promises()[0].server
+    settings = from_url(url)
+    (backend,) = settings.backends.values()
+    driver = make_driver(backend, settings)
+    try:
+        await driver.open()
+        return driver.server()
+    finally:
+        await driver.close()
 
 
 def _queue(job: Job) -> Queue[Any]:
