@@ -258,9 +258,11 @@ def _line(report: Report, row: Row, client: str) -> str:
         f"p50 {p50_us:,.0f} us" if p50_us is not None else f"{_number(report.median(row, client, 'rate'), 0)}/s",
         *(_times(report, row, client, "cpu_us", to) for to in ("usual", "best", "faststream")),
         *(
-            _times(report, row, client, "p50_us" if p50_us is not None else "rate", to)
-            + (" (p50)" if p50_us is not None else "")
-            for to in ("usual", "faststream")
+            f"{times} (p50)" if times and p50_us is not None else times
+            for times in (
+                _times(report, row, client, "p50_us" if p50_us is not None else "rate", to)
+                for to in ("usual", "faststream")
+            )
         ),
         "; ".join(
             f"{v.target} {'met' if v.met else '**not met**'} ({v.met_rounds}/{v.rounds})"
