@@ -452,7 +452,8 @@ class Wire:
     def _pump(self) -> None:
         """Read all there is. The descriptor only tells of changes: it is looked at after every use of the socket."""
         self._again = False
-        socket, arrived = self._socket, []
+        socket = self._socket
+        arrived: list[Parts] = []
         if socket is None:
             return
         if self._outbox and not self._up and _events(socket) & zmq.POLLOUT:
@@ -460,7 +461,7 @@ class Wire:
             for parts in outbox:
                 if not self._put(parts):
                     return
-        while (most := self._room()) > 0 and _events(socket) & zmq.POLLIN:
+        while (most := self._room(len(arrived))) > 0 and _events(socket) & zmq.POLLIN:
             try:
                 for _ in range(most):
                     arrived.append(socket.recv_multipart(zmq.NOBLOCK))
@@ -471,9 +472,9 @@ class Wire:
         if arrived:
             self._take(arrived)
 
-    def _room(self) -> int:
-        """Frames to read now. A Signal's wait in libzmq, which drops them beyond a limit, not here, where none is."""
-        return BURST if self._kind != zmq.SUB else min(BURST, self._high_water - self._untold)
+    def _room(self, read: int) -> int:
+        """Frames to read now, behind `read`. A Signal's wait in libzmq, which drops them beyond a limit, not here."""
+        return BURST if self._kind != zmq.SUB else min(BURST, self._high_water - self._untold - read)
 
     def _soon(self) -> None:
         if not self._again:
@@ -609,19 +610,21 @@ class Place:
         self._seen_ns = stamp
         return True
 
-    def forget(self) -> None:
-        """Have `changed` say so at the next look."""
-        self._seen_ns = -1
-
-    def scan(self) -> list[Listener]:
-        """Everyone who is alive and listens. Raises OSError where that cannot be found out (no free descriptor)."""
+    def scan(self) -> list[Listener] | None:
+        """Everyone who is alive and listens; None where that cannot be found out now (no free descriptor): `changed`
+        then asks for another look."""
         if self.folder is None:
             return self.listed
         found = []
-        with suppress(FileNotFoundError):
+        try:
             for name in sorted(os.listdir(self.folder)):
                 if name.endswith(".at") and (listener := self._read(self.folder / name)) is not None:
                     found.append(listener)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._seen_ns = -1
+            return None
         return found
 
     def _read(self, path: Path) -> Listener | None:

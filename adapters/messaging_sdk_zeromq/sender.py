@@ -290,11 +290,10 @@ class Outbox:
     def look(self) -> None:
         """Have a link to each consumer there is, and to no other."""
         now = self._loop.time()
-        try:
-            there = {x.endpoint for x in self.place.scan() if x.group == self._group}
-        except OSError:  # no descriptor is free: who is there is not known, and looked for again
-            self.place.forget()
+        found = self.place.scan()
+        if found is None:
             return
+        there = {x.endpoint for x in found if x.group == self._group}
         for endpoint in [e for e in self._links if e not in there]:
             self._links[endpoint].drop()
         self._redial = {e: at for e, at in self._redial.items() if e in there}
@@ -544,11 +543,10 @@ class SignalSender(Sender):
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _look(self) -> None:
-        try:
-            there = {x.endpoint: x.instance for x in self._place.scan()}
-        except OSError:
-            self._place.forget()
+        found = self._place.scan()
+        if found is None:
             return
+        there = {x.endpoint: x.instance for x in found}
         for endpoint in [e for e in self._known if e not in there]:
             self._wire.disconnect(endpoint)
             self._joining.pop(self._known.pop(endpoint), None)
@@ -598,10 +596,11 @@ class SignalSender(Sender):
         messages = [m for batch, _ in held for m in batch]
         start = size = 0
         for at, message in enumerate(messages):
-            size += weight(message)
-            if at > start and (size > FRAME_BYTES or at - start >= FRAME):
+            added = weight(message)
+            if at > start and (size + added > FRAME_BYTES or at - start >= FRAME):
                 self._emit(messages[start:at])
-                start, size = at, weight(message)
+                start, size = at, 0
+            size += added
         if messages:
             self._emit(messages[start:])
         for _, tell in held:

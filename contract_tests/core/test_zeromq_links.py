@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 import os
 import signal
 import socket
@@ -50,6 +52,13 @@ def config(url: str, destinations: dict[str, Any] | None = None, **options: Any)
         "routes": {"*": "main", "*.dead": "graves"},
         "destinations": {name: {"zeromq": block} for name, block in (destinations or {}).items()},
     }
+
+
+def announced(tmp_path: Path, queue: Queue[bytes]) -> tuple[str, bytes]:
+    """Where the one consumer of `queue` listens, and what a sender has to call the place."""
+    file = next((tmp_path / "meet" / f"queue.{queue.name}").glob("*.at"))
+    endpoint: str = json.loads(file.read_text())["endpoint"]
+    return endpoint, file.parent.name.encode()
 
 
 @asynccontextmanager
@@ -225,8 +234,7 @@ def test_garbage_reaches_nobody_and_harms_nobody(tmp_path: Path) -> None:
             buses(2, config(f"zeromq://127.0.0.1{tmp_path}/meet"), queue) as (sender, reader),
             reader.consume(queue) as stream,
         ):
-            place = next((tmp_path / "meet" / f"queue.{queue.name}").glob("*.at"))
-            endpoint = place.read_text().split('"endpoint": "')[1].split('"')[0]
+            endpoint, place_name = announced(tmp_path, queue)
             context: zmq.Context[Any] = zmq.Context()
             foreign = context.socket(zmq.DEALER)
             foreign.connect(endpoint)
@@ -234,7 +242,7 @@ def test_garbage_reaches_nobody_and_harms_nobody(tmp_path: Path) -> None:
             for parts in (
                 [b""], [b"B"], [b"\xff" * 300], [HEAD.pack(b"H", 1, 1, 0)], [HEAD.pack(b"H", 9, 1, 0), b"x", b"y"],
                 [HEAD.pack(b"H", 1, 1, 0), b"sender", b"queue.another"], [HEAD.pack(b"B", 1, 5, 1), *good],
-                [HEAD.pack(b"H", 1, 1, 0), b"sender", place.parent.name.encode()],
+                [HEAD.pack(b"H", 1, 1, 0), b"sender", place_name],
                 *[[HEAD.pack(b"B", 1, 1, n), *good[:n]] for n in range(6)],
                 [HEAD.pack(b"B", 1, 1, 9), *good[:1], struct.pack("<I", 9), *good[2:]],
                 [HEAD.pack(b"B", 1, 1, 9), *good[:5], b"[]"], [HEAD.pack(b"B", 1, 1, 9), *good[:5], b'{"k": 7}'],
@@ -265,13 +273,12 @@ def test_a_settlement_that_was_lost_with_its_link_runs_no_handler_again(tmp_path
             buses(1, config(f"zeromq://127.0.0.1{tmp_path}/meet"), queue) as (reader,),
             reader.consume(queue) as stream,
         ):
-            place = next((tmp_path / "meet" / f"queue.{queue.name}").glob("*.at"))
-            endpoint = place.read_text().split('"endpoint": "')[1].split('"')[0]
+            endpoint, place_name = announced(tmp_path, queue)
             context: zmq.Context[Any] = zmq.Context()
             for session, attempt in ((1, 1), (2, 2)):
                 foreign = context.socket(zmq.DEALER)
                 foreign.connect(endpoint)
-                foreign.send_multipart([HEAD.pack(b"H", 1, session, 0), b"sender-1", place.parent.name.encode()])
+                foreign.send_multipart([HEAD.pack(b"H", 1, session, 0), b"sender-1", place_name])
                 rest = struct.pack("<I", 3), b"abc", b"id-1", struct.pack("<d", 1.5), b"{}"
                 foreign.send_multipart([HEAD.pack(b"B", 1, session, 7), struct.pack("<I", attempt), *rest])
                 if attempt == 1:
@@ -308,13 +315,12 @@ asyncio.run(main())
 @asynccontextmanager
 async def foreign_sender(tmp_path: Path, queue: Queue[bytes], session: int = 1) -> AsyncIterator[Any]:
     """A DEALER that has greeted the one consumer of `queue`; of another sender id each time."""
-    place = next((tmp_path / "meet" / f"queue.{queue.name}").glob("*.at"))
-    endpoint = place.read_text().split('"endpoint": "')[1].split('"')[0]
+    endpoint, place_name = announced(tmp_path, queue)
     context: zmq.Context[Any] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     try:
         dealer.connect(endpoint)
-        dealer.send_multipart([HEAD.pack(b"H", 1, session, 0), os.urandom(8), place.parent.name.encode()])
+        dealer.send_multipart([HEAD.pack(b"H", 1, session, 0), os.urandom(8), place_name])
         yield dealer
     finally:
         dealer.close(0)
@@ -568,3 +574,29 @@ def test_a_publish_that_nobody_takes_says_so(tmp_path: Path) -> None:
             assert caught.value.outcome is Outcome.REJECTED
 
     drive(main())
+
+
+def test_without_a_free_descriptor_nobody_is_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        queue = Queue(fresh(), bytes)
+        listed = os.listdir
+        async with (
+            buses(2, config(f"zeromq://127.0.0.1{tmp_path}/meet"), queue) as (sender, reader),
+            reader.consume(queue) as stream,
+        ):
+            sending = asyncio.ensure_future(sender.publish(queue, b"x"))
+            delivery = await stream.next(5)
+            assert delivery is not None
+
+            def exhausted(path: str) -> list[str]:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            monkeypatch.setattr(os, "listdir", exhausted)
+            (tmp_path / "meet" / f"queue.{queue.name}" / "touched").touch()  # so that the sender looks
+            await asyncio.sleep(0.4)
+            monkeypatch.setattr(os, "listdir", listed)
+            await delivery.ack()
+            await asyncio.wait_for(sending, 5)
+            assert not delivery.redelivered and await stream.next(0.3) is None
+
+    drive(main(), 40)
