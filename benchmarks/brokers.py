@@ -16,12 +16,11 @@ URLS: Final = {
     "sqs": "MESSAGING_TEST_SQS_URL",
 }
 
-_SERVICES: Final = {"rabbitmq": "rabbitmq43", "sqs": "ministack"}
-_PORTS: Final = {"rabbitmq": 5672, "sqs": 4566}
-_ADDRESSES: Final = {
-    "rabbitmq": "amqp://sdk:sdk@{}:{}",
-    "sqs": "sqs://test:test@us-east-1/?endpoint=http://{}:{}",
+_CONTAINERS: Final = {
+    "rabbitmq": ("rabbitmq43", 5672, "amqp://sdk:sdk@{}:{}"),
+    "sqs": ("ministack", 4566, "sqs://test:test@us-east-1/?endpoint=http://{}:{}"),
 }
+"""Broker -> service of the compose file, its port, and a URL of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +95,10 @@ def running(name: str) -> Iterator[Broker]:
     else:
         from messaging_sdk_contract.live import start_service
 
-        service = start_service(_SERVICES[name])
+        recipe, port, address = _CONTAINERS[name]
+        service = start_service(recipe)
         try:
-            url = _ADDRESSES[name].format(*service.address(_PORTS[name]))
+            url = address.format(*service.address(port))
             service.wait_ready(lambda: _version(url))
             yield Broker(name, url, _version(url))
         finally:

@@ -798,6 +798,11 @@ class Workers:
         except BaseException as error:
             self._consumer.fail(error)
 
+    async def _wait_idle(self) -> None:
+        """Until there may be something; meanwhile nobody's handler is to be cancelled here."""
+        self._at.pop(asyncio.current_task(), None)
+        await self._consumer.wait_ready()
+
     async def _work_plain(self) -> None:
         consumer, call, settles = (
             self._consumer,
@@ -808,8 +813,7 @@ class Workers:
         while not consumer.closing and consumer.failure is None:
             message = consumer.next()
             if message is None:
-                self._at.pop(asyncio.current_task(), None)  # idle: nobody's handler is to be cancelled here
-                await consumer.wait_ready()
+                await self._wait_idle()
                 continue
             current.set(message)
             at[me] = message
@@ -831,8 +835,7 @@ class Workers:
         while not consumer.closing and consumer.failure is None:
             message = consumer.next()
             if message is None:
-                self._at.pop(asyncio.current_task(), None)  # idle: nobody's handler is to be cancelled here
-                await consumer.wait_ready()
+                await self._wait_idle()
                 continue
             current.set(message)
             self._at[asyncio.current_task()] = message

@@ -35,7 +35,7 @@ CUT_SEEN_S: Final = 0.02  # a reset shows in a client's event loop at its next t
 STRIPPED_INFO: Final = b'INFO {"server_id":"x","version":"2.15.0","max_payload":1048576,"headers":true}\r\n'
 
 
-class Harness(harness.Harness):
+class Harness(harness.ContainerHarness):
     """NATS with JetStream (profile "jetstream") or without ("core")."""
 
     name: ClassVar[str] = "nats"
@@ -44,7 +44,6 @@ class Harness(harness.Harness):
 
     def __init__(self, profile: str = "jetstream") -> None:
         super().__init__(profile)
-        self._service: LiveService | None = None
         self._secured: LiveService | None = None
         self._url = os.environ.get(URL, "")
         self._proxy: TcpProxy | None = None
@@ -170,21 +169,6 @@ class Harness(harness.Harness):
         assert self._proxy is not None
         await asyncio.to_thread(self._proxy.cut)
         await asyncio.sleep(CUT_SEEN_S)
-
-    async def restart(self) -> None:
-        await asyncio.to_thread(self._again, "restart")
-
-    async def kill(self) -> None:
-        await asyncio.to_thread(self._again, "kill")
-
-    def _again(self, how: str) -> None:
-        assert self._service is not None
-        if how == "kill":
-            self._service.kill()
-            self._service.start()
-        else:
-            self._service.restart()
-        self._service.wait_ready(self._probe)
 
     def _probe(self) -> None:
         asyncio.run(_works(self._url, jetstream=self.profile == "jetstream"))

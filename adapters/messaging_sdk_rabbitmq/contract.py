@@ -19,7 +19,7 @@ from messaging_sdk import AuthError, ConnectError, Destination
 from messaging_sdk.config import Address, parse_address
 from messaging_sdk_contract import harness
 from messaging_sdk_contract.harness import Environment, NativeMessage, Refusal
-from messaging_sdk_contract.live import LiveService, TlsFiles, make_tls, start_service
+from messaging_sdk_contract.live import TlsFiles, make_tls, start_service
 from messaging_sdk_contract.proxy import TcpProxy
 
 from .options import SIGNALS, physical_name, queue_name
@@ -33,7 +33,7 @@ _SECRET: Final = "not-the-password"
 _POLL_S: Final = 0.02
 
 
-class Harness(harness.Harness):
+class Harness(harness.ContainerHarness):
     """One RabbitMQ, in a container or at MESSAGING_TEST_RABBITMQ_URL (then nothing of it is stopped or killed)."""
 
     name: ClassVar[str] = "rabbitmq"
@@ -45,7 +45,6 @@ class Harness(harness.Harness):
 
     def __init__(self, profile: str = "4.3") -> None:
         super().__init__("4.3" if profile == "default" else profile)
-        self._service: LiveService | None = None
         self._address = Address("amqp")
         self._proxy: TcpProxy | None = None
         self._files: tempfile.TemporaryDirectory[str] | None = None
@@ -180,18 +179,6 @@ class Harness(harness.Harness):
     async def cut(self) -> None:
         assert self._proxy is not None, "start() makes the proxy"
         self._proxy.cut()
-
-    async def restart(self) -> None:
-        await asyncio.to_thread(self._again, "restart")
-
-    async def kill(self) -> None:
-        await asyncio.to_thread(self._again, "kill")
-
-    def _again(self, how: str) -> None:
-        assert self._service is not None, "a broker at a URL of yours is not stopped"
-        self._service.kill() if how == "kill" else self._service.stop()
-        self._service.start()
-        self._service.wait_ready(self._probe)
 
     def _at(
         self, port: int, *, host: str = "", password: str = "", path: str = "", scheme: str = "amqp"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, urlsplit
 
 import boto3
@@ -25,9 +25,6 @@ from messaging_sdk_contract.proxy import TcpProxy
 
 from .options import DestinationOptions, physical_name
 
-if TYPE_CHECKING:
-    from messaging_sdk_contract.live import LiveService
-
 URL: Final = "MESSAGING_TEST_SQS_URL"
 LEASE_S: Final = 5  # short, since lease cases wait for it; below it a busy machine loses leases
 SERVERS: Final = {"elasticmq": "ElasticMQ 1.7.1", "ministack": "ministack 1.5.33"}
@@ -38,7 +35,7 @@ REQUEST_WAIT_S: Final = 1.0  # a receiver polls at once again; a sender may have
 CUT_SEEN_S: Final = 0.02  # a reset shows in a client's thread at its next turn, not before
 
 
-class Harness(harness.Harness):
+class Harness(harness.ContainerHarness):
     """ElasticMQ (topics by fanout), ministack (topics by SNS), or what MESSAGING_TEST_SQS_URL names ("aws")."""
 
     name: ClassVar[str] = "sqs"
@@ -48,7 +45,6 @@ class Harness(harness.Harness):
 
     def __init__(self, profile: str = "elasticmq") -> None:
         super().__init__("elasticmq" if profile == "default" else profile)
-        self._service: LiveService | None = None
         self._proxy: TcpProxy | None = None
         if self.profile == "aws":
             self.faults = frozenset({"subprocess"})  # type: ignore[misc]  # per instance
@@ -186,21 +182,6 @@ class Harness(harness.Harness):
             await asyncio.sleep(0.001)
         await asyncio.to_thread(self._proxy.cut)
         await asyncio.sleep(CUT_SEEN_S)
-
-    async def restart(self) -> None:
-        await asyncio.to_thread(self._again, "restart")
-
-    async def kill(self) -> None:
-        await asyncio.to_thread(self._again, "kill")
-
-    def _again(self, how: str) -> None:
-        assert self._service is not None
-        if how == "kill":
-            self._service.kill()
-            self._service.start()
-        else:
-            self._service.restart()
-        self._service.wait_ready(self._probe)
 
     # the native client
 

@@ -280,8 +280,7 @@ class Receiver(spi.Receiver):
 
     def _settled(self, verbs: Sequence[_Verb], answer: Mapping[str, Any] | None, error: MessagingError | None) -> None:
         self._settling -= 1
-        self._tell(verbs, answer, error)
-        self._pump()
+        self._told(verbs, answer, error)
 
     def _tell(self, verbs: Sequence[_Verb], answer: Mapping[str, Any] | None, error: MessagingError | None) -> None:
         failed = {int(e["Id"]): e for e in answer.get("Failed", ())} if answer else {}
@@ -316,7 +315,7 @@ class Receiver(spi.Receiver):
         began_s = time.monotonic()
         due: list[_Verb] = []
         for receipt in receipts:
-            hide_s = min(self._lease_s, int(receipt.last_s - began_s)) if receipt.last_s < math.inf else self._lease_s
+            hide_s = int(min(self._lease_s, receipt.last_s - began_s))
             until_s = began_s + hide_s
             if receipt.until_s > began_s and until_s > receipt.until_s and not receipt.extending:
                 due.append(_Verb(receipt, hide_s, partial(self._extended, receipt, until_s)))

@@ -6,12 +6,16 @@ either used to reach the backend or checked.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from messaging_sdk import Destination, MessagingError
+
+if TYPE_CHECKING:
+    from .live import LiveService
 
 Fault = Literal["cut", "restart", "kill", "subprocess"]
 
@@ -142,3 +146,26 @@ class Harness(ABC):
     async def kill(self) -> None:
         """SIGKILL the broker and start it again at the same address. Returns when it works."""
         raise NotImplementedError(f"{self.name}: the harness does not provoke 'kill'")
+
+
+class ContainerHarness(Harness):
+    """A harness of one broker in a container: its restart and kill are the container's."""
+
+    _service: LiveService | None = None
+    """Made by `start`; None at a URL of yours, where no broker is stopped."""
+
+    @abstractmethod
+    def _probe(self) -> None:
+        """Return when the broker works, raise while it does not."""
+
+    async def restart(self) -> None:
+        await asyncio.to_thread(self._again, "stop")
+
+    async def kill(self) -> None:
+        await asyncio.to_thread(self._again, "kill")
+
+    def _again(self, end: Literal["stop", "kill"]) -> None:
+        assert self._service is not None, "a broker at a URL of yours is not stopped"
+        self._service.kill() if end == "kill" else self._service.stop()
+        self._service.start()
+        self._service.wait_ready(self._probe)
