@@ -35,7 +35,7 @@ def main() -> None:
         print(markdown(Report.read(RESULTS / "latest.json")))
         return
     console = Console(width=max(WIDTH, Console().width))
-    brokers = [asked.only] if asked.only else ["rabbitmq", "nats", "sqs"]
+    brokers = [asked.only] if asked.only else ["rabbitmq", "nats", "sqs", "kafka"]
     rounds = asked.rounds or (plan.QUICK_ROUNDS if asked.quick else plan.ROUNDS)
     began_s = time.monotonic()
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=["rabbitmq", "nats", "sqs"], help="one broker (nothing is written)")
+    parser.add_argument("--only", choices=["rabbitmq", "nats", "sqs", "kafka"], help="one broker (nothing is written)")
     parser.add_argument(
         "--quick", action="store_true", help="one round of 100 B, for a first look (nothing is written)"
     )

@@ -14,11 +14,13 @@ URLS: Final = {
     "rabbitmq": "MESSAGING_TEST_RABBITMQ_URL",
     "nats": "MESSAGING_TEST_NATS_URL",
     "sqs": "MESSAGING_TEST_SQS_URL",
+    "kafka": "MESSAGING_TEST_KAFKA_URL",
 }
 
 _CONTAINERS: Final = {
     "rabbitmq": ("rabbitmq43", 5672, "amqp://sdk:sdk@{}:{}"),
     "sqs": ("ministack", 4566, "sqs://test:test@us-east-1/?endpoint=http://{}:{}"),
+    "kafka": ("kafka", 9092, "kafka://{}:{}"),
 }
 """Broker -> service of the compose file, its port, and a URL of ours."""
 
@@ -52,6 +54,10 @@ class Broker:
             from . import raw_sqs
 
             raw_sqs.fill(job)
+        elif self.name == "kafka":
+            from . import raw_kafka
+
+            raw_kafka.fill(job)
         else:
             from . import raw_rabbitmq
 
@@ -70,6 +76,10 @@ class Broker:
 
             sqs = raw_sqs.client(self.url)
             sqs.delete_queue(QueueUrl=raw_sqs.queue_url(sqs, job))
+        elif self.name == "kafka":
+            from . import raw_kafka
+
+            raw_kafka.remove(job)
         else:
             import pika
 
@@ -81,8 +91,8 @@ class Broker:
 def running(name: str) -> Iterator[Broker]:
     """The broker `name`, at the URL in the environment or started here and ended with the block.
 
-    NATS is embedded as a child process; RabbitMQ, and ministack for SQS, run in a container. Raises EngineMissing
-    without an engine.
+    NATS is embedded as a child process; RabbitMQ, Kafka, and ministack for SQS run in a container. Raises
+    EngineMissing without an engine.
     """
     url = os.environ.get(URLS[name])
     if url is not None:

@@ -29,7 +29,7 @@ class Job:
     """One measurement of `count` messages of `size` bytes by one client."""
 
     broker: str
-    """rabbitmq, nats or core."""
+    """rabbitmq, nats, sqs, kafka or core."""
     work: str
     """publish_one, publish_windowed, consume or latency."""
     client: str

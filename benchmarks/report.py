@@ -25,6 +25,7 @@ DISTRIBUTIONS: Final = (
     "pika",
     "nats-py",
     "boto3",
+    "confluent-kafka",
     "faststream",
     "aio-pika",
     "pydantic",
@@ -47,6 +48,7 @@ BROKERS: Final = {
     "rabbitmq": "RabbitMQ",
     "nats": "NATS JetStream",
     "sqs": "SQS (ministack)",
+    "kafka": "Kafka",
     "core": "core alone (a driver that does nothing)",
 }
 
@@ -230,9 +232,11 @@ def _shown(verdict: Verdict) -> str:
 
 def markdown(report: Report) -> str:
     """The README's table: a line per row, ours beside the others."""
-    brokers = ", ".join(report.versions[n] for n in ("rabbitmq", "nats", "sqs") if n in report.versions)
+    brokers = ", ".join(report.versions[n] for n in ("rabbitmq", "nats", "sqs", "kafka") if n in report.versions)
     clients = ", ".join(
-        f"{n} {report.versions[n]}" for n in ("pika", "nats-py", "boto3", "faststream") if n in report.versions
+        f"{n} {report.versions[n]}"
+        for n in ("pika", "nats-py", "boto3", "confluent-kafka", "faststream")
+        if n in report.versions
     )
     lines = [
         *([f"**{report.machine['note']}**", ""] if "note" in report.machine else []),

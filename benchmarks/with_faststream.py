@@ -20,7 +20,7 @@ Handler = Callable[[], None]
 
 
 def _broker(job: Job, handler: Handler | None = None) -> Any:
-    return _rabbitmq(job, handler) if job.broker == "rabbitmq" else _nats(job, handler)
+    return {"rabbitmq": _rabbitmq, "nats": _nats, "kafka": _kafka}[job.broker](job, handler)
 
 
 def _rabbitmq(job: Job, handler: Handler | None) -> Any:
@@ -55,10 +55,28 @@ def _nats(job: Job, handler: Handler | None) -> Any:
     return broker
 
 
+def _kafka(job: Job, handler: Handler | None) -> Any:
+    """On confluent-kafka, as ours is."""
+    from faststream.confluent import KafkaBroker
+
+    broker = KafkaBroker(job.url.partition("://")[2], logger=None)
+    if handler is not None:
+
+        @broker.subscriber(
+            job.name, group_id=f"{job.name}.workers", auto_offset_reset="earliest", ack_policy=AckPolicy.NACK_ON_ERROR
+        )
+        async def handle(body: bytes) -> None:
+            handler()
+
+    return broker
+
+
 def _publish(broker: Any, job: Job) -> Callable[[], Awaitable[object]]:
     publish, body = broker.publish, job.body
     if job.broker == "rabbitmq":
         return lambda: publish(body, queue=job.name, persist=True)
+    if job.broker == "kafka":
+        return lambda: publish(body, topic=job.name)
     # Its timeout is 0.5 s by default, which a full window needs at times.
     return lambda: publish(body, subject=job.subject, stream=job.stream, timeout=30)
 

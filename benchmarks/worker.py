@@ -17,6 +17,9 @@ _MODULES: Final = {
     ("nats", "usual"): "raw_nats",
     ("nats", "best"): "raw_nats",
     ("sqs", "usual"): "raw_sqs",
+    ("kafka", "usual"): "raw_kafka",
+    ("kafka", "best"): "raw_kafka",
+    ("kafka", "faststream"): "with_faststream",
     ("rabbitmq", "faststream"): "with_faststream",
     ("nats", "faststream"): "with_faststream",
 }

@@ -4,6 +4,7 @@ python examples/swap.py                           # memory
 MESSAGING_ENV=nats python examples/swap.py        # a NATS server on its usual port
 MESSAGING_ENV=rabbitmq python examples/swap.py    # a RabbitMQ on its usual port
 MESSAGING_ENV=sqs python examples/swap.py         # an SQS server on its usual port (ElasticMQ), or the real one
+MESSAGING_ENV=kafka python examples/swap.py       # a Kafka on its usual port
 MESSAGING_ENV=zeromq python examples/swap.py      # no broker at all
 MESSAGING_ENV=both python examples/swap.py        # two brokers at once: the Queue on one, the Topic on the other
 """

@@ -16,7 +16,7 @@ from .errors import Unmet
 
 Settle = Literal["none", "individual"]
 Release = Literal["none", "now", "delay"]
-Lease = Literal["none", "connection", "timeout"]
+Lease = Literal["none", "timeout", "membership", "connection"]
 Count = Literal["none", "flag", "exact"]
 Order = Literal["none", "publisher"]
 Compete = Literal["none", "standby", "round_robin", "demand"]
@@ -60,7 +60,9 @@ class Capabilities:
     release: Release = "none"
     """now: Disposition RELEASE(0) gives a delivery back at once; delay: after RELEASE(delay_s)."""
     lease: Lease = "none"
-    """What brings an unsettled delivery of a dead consumer back: its lost connection (at once) or `lease_s`."""
+    """What brings an unsettled delivery of a dead consumer back: its lost connection (at once) or `lease_s`.
+    membership: that of a group. A closed or cut consumer leaves at once, a killed one is noticed after a while; when
+    another one joins, what waits may move to it, and what a handler runs is waited for, within the adapter's bound."""
     lease_s: float = 0.0
     """Length of a lease; 0 unless lease="timeout". Waits in tests derive from it."""
     hold_s: float = math.inf
@@ -132,7 +134,7 @@ NOTHING: Final = ("none", False, 0, None)
 _RANKS: Final[Mapping[str, tuple[str, ...]]] = {
     "settle": ("none", "individual"),
     "release": ("none", "now", "delay"),
-    "lease": ("none", "timeout", "connection"),
+    "lease": ("none", "timeout", "membership", "connection"),
     "count": ("none", "flag", "exact"),
     "order": ("none", "publisher"),
     "compete": ("none", "standby", "round_robin", "demand"),

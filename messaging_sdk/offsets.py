@@ -1,4 +1,6 @@
-"""What a cumulative log may commit: the end of the settled prefix among the offsets that were delivered."""
+"""What a cumulative log may commit: the end of the settled prefix among the offsets that were delivered, and, where the
+log takes a note beside it, what is settled ahead of that.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,18 @@ class OffsetLedger:
     at its completion and takes along all that was settled meanwhile, so commits follow at the server's own pace.
     """
 
-    __slots__ = ("_committed", "_end", "_open", "_under_way", "_unsettled", "position")
+    __slots__ = ("_committed", "_end", "_notes_ahead", "_open", "_settled", "_under_way", "_unsettled", "position")
 
-    def __init__(self, position: int) -> None:
-        """`position`: where the commit stands, so that nothing is committed before something was settled."""
+    def __init__(self, position: int, *, notes_ahead: bool = False) -> None:
+        """`position`: where the commit stands, so that nothing is committed before something was settled.
+
+        `notes_ahead`: a commit carries `ahead` too, so one is due after each settlement, not only when the prefix grew.
+        """
         self.position = position
         """What may be committed: every delivered offset below it is settled. Never goes back."""
-        self._committed = position
+        self._notes_ahead = notes_ahead
+        self._settled = 0
+        self._committed = 0 if notes_ahead else position  # what `_state` was when a commit was stored
         self._under_way: int | None = None
         self._end = position
         self._open: deque[int] = deque()  # delivered, from the first unsettled one on
@@ -35,6 +42,17 @@ class OffsetLedger:
     def gap(self) -> int:
         """Deliveries from the first unsettled one on, settled or not: what a crash repeats. An adapter bounds it."""
         return len(self._open)
+
+    @property
+    def span(self) -> int:
+        """Offsets from `position` to the last delivered one: how far a note of `ahead` reaches."""
+        return self._end - self.position
+
+    def ahead(self) -> list[int]:
+        """Settled offsets above `position`, ascending: what a commit of it alone forgets."""
+        if len(self._open) == len(self._unsettled):
+            return []
+        return [offset for offset in self._open if offset not in self._unsettled]
 
     def deliver(self, offsets: Iterable[int]) -> None:
         """Note deliveries. Raises ValueError for one that is not above all before it; those ahead of it are noted."""
@@ -51,6 +69,7 @@ class OffsetLedger:
         if offset not in unsettled:
             return False
         unsettled.remove(offset)
+        self._settled += 1
         if open_[0] == offset:
             open_.popleft()
             while open_ and open_[0] not in unsettled:
@@ -60,9 +79,9 @@ class OffsetLedger:
 
     def begin_commit(self) -> int | None:
         """The position to commit now; None while a commit is under way or where there is nothing new."""
-        if self._under_way is not None or self.position == self._committed:
+        if self._under_way is not None or self._state == self._committed:
             return None
-        self._under_way = self.position
+        self._under_way = self._state
         return self.position
 
     def end_commit(self, *, stored: bool) -> None:
@@ -70,3 +89,7 @@ class OffsetLedger:
         if stored and self._under_way is not None:
             self._committed = self._under_way
         self._under_way = None
+
+    @property
+    def _state(self) -> int:
+        return self._settled if self._notes_ahead else self.position

@@ -77,6 +77,22 @@ def test_a_commit_that_was_not_stored_is_due_again() -> None:
     assert log.begin_commit() == 1
 
 
+def test_what_is_settled_ahead_is_told_and_makes_a_commit_due_where_it_is_noted() -> None:
+    log = OffsetLedger(0, notes_ahead=True)
+    log.deliver([0, 3, 4, 9])
+    assert log.begin_commit() is None
+    log.settle(4)
+    log.settle(9)
+    assert (log.begin_commit(), log.ahead(), log.span) == (0, [4, 9], 10)
+    log.settle(0)
+    log.end_commit(stored=True)
+    assert (log.begin_commit(), log.ahead()) == (3, [4, 9])
+    log.end_commit(stored=True)
+    assert log.begin_commit() is None
+    log.settle(3)
+    assert (log.begin_commit(), log.ahead()) == (10, [])
+
+
 def test_the_gap_counts_what_a_crash_repeats() -> None:
     log = ledger(0, 1, 2, 3)
     for offset in (1, 2, 3):

@@ -21,6 +21,8 @@ LIVE = (
     "rabbitmq/4.3",
     "nats/jetstream",
     "sqs/ministack",
+    "kafka/classic",
+    "kafka/kip848",
     "zeromq/tcp",
     "zeromq/ipc",
     "memory/default",
@@ -90,7 +92,7 @@ def test_the_example_is_refused_where_nothing_is_stored(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize(("queues", "topics"), [("rabbitmq/4.3", "nats/jetstream"), ("sqs/ministack", "zeromq/tcp")])
+@pytest.mark.parametrize(("queues", "topics"), [("rabbitmq/4.3", "nats/jetstream"), ("sqs/ministack", "kafka/classic")])
 def test_two_backends_in_one_process(queues: str, topics: str, tmp_path: Path, expected: str) -> None:
     with running(queues) as first, running(topics) as second:
         backends = {"work": first.backend(), "news": second.backend()}

@@ -66,6 +66,9 @@ class Harness(ABC):
     at_once: ClassVar[int] = 5
     """How many kinds of destination a whole run tries at the same time, each with a broker of its own. Fewer for a
     broker that keeps a core busy while it boots."""
+    lanes: int = 1
+    """How many sequences, each of its own, an unordered destination consists of (Kafka: partitions), dealt in turn to
+    messages without a key. Silence is proven by a sentinel down each."""
     settle_before_kill_s: float = 0.0
     """How long a fresh destination must exist before the broker may be killed (RabbitMQ's quorum queues: 2 s)."""
 

@@ -12,6 +12,7 @@ import atexit
 import hashlib
 import importlib.metadata
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -180,6 +181,7 @@ def start_service(
     *,
     files: Mapping[str, bytes] | None = None,
     command: Sequence[str] | None = None,
+    environment: Mapping[str, str] | None = None,
     tls: TlsFiles | None = None,
 ) -> LiveService:
     """Start a fresh container of a service of the compose file.
@@ -191,6 +193,9 @@ def start_service(
         files: absolute path in the container -> content; copied in before the broker starts, over
             what the compose file puts there.
         command: replaces the compose file's command.
+        environment: variables beside those of the compose file, or instead of them. In either, an
+            address 127.0.0.1:<port of the compose file> becomes the one that is published here: some
+            brokers must be told by which address their clients come.
         tls: turns the service's TLS on with this material. RabbitMQ's plain port stays open beside
             5671; NATS then asks for TLS on 4222.
 
@@ -211,7 +216,8 @@ def start_service(
         command = on.get("command", command)
     contents |= files or {}
     digest = _digest(_engine().images.get(image))
-    container, ports = _run(recipe, image, contents, command)
+    told = {**recipe.get("environment", {}), **(environment or {})}
+    container, ports = _run(recipe, image, contents, command, told)
     live = LiveService(service, image, digest, ports, container)
     owner = os.getpid()
     atexit.register(lambda: live.remove() if os.getpid() == owner else None)
@@ -368,11 +374,12 @@ def _run(
     image: str,
     contents: Mapping[str, bytes],
     command: Sequence[str] | None,
+    told: Mapping[str, str],
 ) -> tuple[Container, dict[int, int]]:
     """Create, copy the files in, start; try other ports when somebody took one in between."""
     for tries_left in reversed(range(_PORT_TRIES)):
         ports = {int(published.rsplit(":", 1)[1]): _free_port() for published in recipe["ports"]}
-        wanted = DockerContainer(image, env=dict(recipe.get("environment", {})))
+        wanted = DockerContainer(image, env=_readdressed(told, recipe["ports"], ports))
         wanted.with_kwargs(labels={_LABEL: str(os.getpid())})
         for inside, outside in ports.items():
             # docker-py's form for one address; testcontainers' annotation knows the number alone.
@@ -390,6 +397,16 @@ def _run(
             raise
         return wanted.get_wrapped_container(), ports
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _readdressed(told: Mapping[str, str], published: Sequence[str], ports: Mapping[int, int]) -> dict[str, str]:
+    """`told` with the compose file's addresses of published ports replaced by those of this container."""
+    moved = {line.rsplit(":", 1)[0]: f"{_HOST}:{ports[int(line.rsplit(':', 1)[1])]}" for line in published}
+
+    def here(value: str) -> str:
+        return re.sub(rf"{re.escape(_HOST)}:\d+", lambda found: moved.get(found[0], found[0]), value)
+
+    return {name: here(str(value)) for name, value in told.items()}
 
 
 def _free_port() -> int:

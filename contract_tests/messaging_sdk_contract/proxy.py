@@ -12,10 +12,13 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with 0 s: close sends RST 
 
 
 class TcpProxy:
-    """Forwards 127.0.0.1:`port` to `target`. Threads, so that a busy event loop under test does not delay it."""
+    """Forwards 127.0.0.1:`port` to `target`. Threads, so that a busy event loop under test does not delay it.
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
+    `target` may be set later: some brokers have to be told at their start by which address clients come.
+    """
+
+    def __init__(self, target: tuple[str, int] = ("", 0)) -> None:
+        self.target = target
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._asked: set[socket.socket] = set()  # clients whose last bytes are not answered yet
         self._lock = threading.Lock()
@@ -53,7 +56,7 @@ class TcpProxy:
             except OSError:
                 return
             try:
-                server = socket.create_connection(self._target, timeout=5)
+                server = socket.create_connection(self.target, timeout=5)
             except OSError:
                 client.close()
                 continue

@@ -15,10 +15,12 @@ def promises_table(bus: Bus, title: str = "What is promised") -> Table:
         table.add_column(heading, overflow="fold")
     for promise in bus.promises():
         caps = bus.capabilities(promise.destination)
-        if caps.lease == "timeout":
-            back = f"{caps.lease_s:g} s, or at once if handed back"
-        else:
-            back = "a lost connection, at once" if caps.lease == "connection" else "never: at most once"
+        back = {
+            "none": "never: at most once",
+            "timeout": f"{caps.lease_s:g} s, or at once if handed back",
+            "membership": "the consumer left its group, or others joined it",
+            "connection": "a lost connection, at once",
+        }[caps.lease]
         table.add_row(
             describe(promise.destination),
             promise.backend,

@@ -134,12 +134,10 @@ async def silence(
     keys: Sequence[str] = KEYS,
     wait_s: float = WAIT_S,
 ) -> None:
-    """Wait `quiet_s`, then send a sentinel (one per key where ordered), each of which must arrive."""
+    """Wait `quiet_s`, then send a sentinel (one per key where ordered, else per lane), each of which must arrive."""
     await asyncio.sleep(lab.harness.quiet_s)
-    token = next(_tokens)
-    sentinels = [
-        f"{key}:{token}:{destination.name}:sentinel".encode() for key in (keys if destination.ordered else keys[:1])
-    ]
+    names = list(keys) if destination.ordered else [keys[0]] * lab.harness.lanes
+    sentinels = [f"{key}:{next(_tokens)}:{destination.name}:sentinel".encode() for key in names]
     for sentinel in sentinels:
         await bus.publish(destination, sentinel)
     wanted = Counter(sentinels)
@@ -190,14 +188,17 @@ async def dead_letters(
                 await letter.ack()
                 found.append(letter)
         await asyncio.sleep(lab.harness.quiet_s)
-        await bus.publish(queue, b"sentinel")
-        while True:
+        for _ in range(lab.harness.lanes):
+            await bus.publish(queue, b"sentinel")
+        sentinels = 0
+        while sentinels < lab.harness.lanes:
             letter = await stream.next(WAIT_S)
             assert letter is not None, "the sentinel must arrive in the dead letters"
             await letter.ack()
             if letter.body == b"sentinel":
-                break
-            found.append(letter)
+                sentinels += 1
+            else:
+                found.append(letter)
     await bus.close(timeout_s=3)
     return found
 

@@ -169,6 +169,7 @@ async def test_flt_05_a_killed_broker_keeps_what_was_confirmed(lab: Lab) -> None
         while more:
             body = body_of(destination, f"k{n}", number)
             number += 1
+            await asyncio.sleep(0.002)
             try:
                 await bus.publish(destination, body)
             except MessagingError as error:
@@ -179,7 +180,6 @@ async def test_flt_05_a_killed_broker_keeps_what_was_confirmed(lab: Lab) -> None
             confirmed.append(body)
             if back.is_set():
                 more -= 1
-            await asyncio.sleep(0.002)
 
     tasks = [asyncio.ensure_future(publish(n)) for n in range(5)]
     await eventually(lambda: len(confirmed) >= 100, WAIT_S, "publishing must be under way")

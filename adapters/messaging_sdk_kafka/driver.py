@@ -1,0 +1,477 @@
+"""The driver: promises, provisioning, and what senders and receivers are opened with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Final, TypeVar, cast
+from uuid import uuid4
+
+from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import ConfigResource  # where its type is known; the same as in `admin`
+from confluent_kafka.cimpl import NewTopic
+from pydantic import BaseModel
+
+from messaging_sdk import spi
+from messaging_sdk.capabilities import Capabilities
+from messaging_sdk.config import Address
+from messaging_sdk.destination import Destination
+from messaging_sdk.errors import ConfigError, ConnectError, NotFound
+
+from . import options as kafka
+from .errors import native_of, no_protocol, refusal
+from .options import MESSAGE_ROOM, Options, group_id, promises, topic_name
+from .receiver import Member, Receiver
+from .sender import Link, Sender
+
+T = TypeVar("T")
+
+_NO_BLOCK: Final = kafka.DestinationOptions.model_validate({})
+_POLL_S: Final = 0.02
+"""How often an attempt to connect is asked for what went wrong."""
+_FRESH_S: Final = 10.0
+"""How long a topic may take until each partition has a leader."""
+_FRESH_POLL_S: Final = 0.05
+_ANSWER_S: Final = 5.0
+_SIGNAL_RETENTION_S: Final = 60.0
+"""Nobody reads an old signal."""
+_RECONNECT_MS: Final = {"reconnect.backoff.ms": 20, "reconnect.backoff.max.ms": 500}
+"""The admin's client outlives a broker; by default it would try again after up to 10 s."""
+_FRESH: Final = (
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+)
+_LIVELY: Final = (
+    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.STALE_MEMBER_EPOCH,
+)
+"""Answers to a commit of a stranger that say: the group has members."""
+_PROTOCOLS: Final = "group.coordinator.rebalance.protocols"
+
+
+class Driver(spi.Driver):
+    """Kafka at `kafka://host:port,host:port`, or `kafka+tls://`; a user in the URL means SASL."""
+
+    name: ClassVar[str] = "kafka"
+    client: ClassVar[str] = "confluent-kafka"
+    Options = Options
+    DestinationOptions = kafka.DestinationOptions
+
+    def __init__(self, address: Address, options: BaseModel, destinations: Mapping[str, BaseModel]) -> None:
+        super().__init__(address, options, destinations)
+        if not address.hosts:
+            raise ConfigError("kafka: the url names no host; write kafka://host:9092 or kafka://h1:9092,h2:9092")
+        if address.path not in ("", "/"):
+            raise ConfigError("kafka: the url has a path; write kafka://host:9092 without one")
+        self._options = cast(Options, options)
+        self._tls = self._options.tls or address.scheme.endswith("+tls")
+        keys = [k for k in ("ca_file", "cert_file", "key_file") if getattr(options, k) is not None]
+        if keys and not self._tls:
+            raise ConfigError(f"{address}: {', '.join(keys)} need TLS: write kafka+tls://, or tls = true")
+        self._admin: AdminClient | None = None
+        self._troubles: list[KafkaError] = []
+        self._links: dict[bool, Link] = {}
+        self._members: list[Member] = []
+        self._partitions: dict[str, int] = {}
+        self._server = ""
+
+    # --- promises
+
+    def capabilities(self, destination: Destination[Any]) -> Capabilities:
+        block = self._block(destination)
+        partitions = self._partitions.get(topic_name(destination, block)) or block.partitions
+        return promises(destination, self._options, partitions or self._options.partitions)
+
+    def check(self, destination: Destination[Any]) -> None:
+        topic_name(destination, self._block(destination))
+
+    # --- connecting
+
+    async def open(self) -> None:
+        if self._admin is not None:
+            return
+        config: dict[str, Any] = self.config() | {"error_cb": self._troubles.append}
+        admin = self._admin = AdminClient(config)
+        try:
+            cluster = await self._reached(admin)
+            self._server = "Apache Kafka"
+            if self._options.group_protocol == "kip848":
+                await self._check_protocol(admin, cluster)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _reached(self, admin: AdminClient) -> Any:
+        """The cluster's description; or, at once, what keeps us from it."""
+        wait_s = self._options.connect_timeout_s
+        asked = admin.describe_cluster(request_timeout=wait_s)
+        waiting = asyncio.wrap_future(asked)
+        deadline = time.monotonic() + wait_s
+        while not waiting.done() and time.monotonic() < deadline:
+            await asyncio.wait([waiting], timeout=_POLL_S)
+            admin.poll(0)
+            telling = next((e for e in self._troubles if e.code() != KafkaError._TRANSPORT), None)
+            if telling is not None and not waiting.done():
+                waiting.cancel()
+                worst = min(self._troubles, key=lambda e: e.code() == KafkaError._ALL_BROKERS_DOWN)
+                raise refusal(worst, str(self.address))
+        if not waiting.done():
+            waiting.cancel()
+            raise ConnectError(f"{self.address}: no answer within {wait_s:g} s; is it a running Kafka?")
+        try:
+            return waiting.result()
+        except KafkaException as error:
+            raise refusal(error, str(self.address)) from error
+
+    async def _check_protocol(self, admin: AdminClient, cluster: Any) -> None:
+        """Refuse a server that would never let a member of the new protocol in."""
+        resource = ConfigResource(ConfigResource.Type.BROKER, str(cluster.nodes[0].id))
+        try:
+            found = await asyncio.wrap_future(admin.describe_configs([resource])[resource])
+        except KafkaException as error:
+            native = native_of(error)
+            if native is not None and native.code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED:
+                return  # who may not look is told when the first receiver is opened
+            raise refusal(error, str(self.address)) from error
+        if _PROTOCOLS not in found or "consumer" not in str(found[_PROTOCOLS].value).split(","):
+            raise no_protocol(str(self.address))
+
+    async def close(self) -> None:
+        admin, self._admin = self._admin, None
+        links, self._links = self._links, {}
+        for link in links.values():
+            link.close()
+        for member in self._members:  # a receiver that nobody closed would keep its partitions
+            member.order(member.drop)
+        self._members = []
+        self._troubles = []
+        if links:
+            await asyncio.to_thread(_join, [link.thread for link in links.values()])
+        del admin
+
+    def server(self) -> str:
+        return self._server
+
+    def native(self) -> object:
+        """The AdminClient, or None before `open`. Deliveries carry the client's own message as `native`."""
+        return self._admin
+
+    # --- provisioning
+
+    async def provision(self, destinations: Sequence[Destination[Any]], mode: spi.Provision) -> None:
+        if mode == "none" or not destinations:
+            return
+        admin = self._opened()
+        if mode == "create":
+            await self._create(admin, destinations)
+        for destination in destinations:
+            topic = topic_name(destination, self._block(destination))
+            if destination.settles or mode == "create":
+                await self._compare(admin, destination, topic, is_made=mode == "create")
+            for group in destination.groups:
+                await self._provision_group(destination, topic, group_id(topic, group), mode)
+
+    async def _create(self, admin: AdminClient, destinations: Sequence[Destination[Any]]) -> None:
+        wanted = {}
+        for destination in destinations:
+            block = self._block(destination)
+            topic = topic_name(destination, block)
+            replicas = block.replication_factor or self._options.replication_factor or -1
+            config = {"retention.ms": str(round(self._retention_s(destination) * 1000))}
+            partitions = block.partitions or self._options.partitions
+            wanted[topic] = NewTopic(topic, partitions, replicas, config=config)
+        for topic, made in admin.create_topics(list(wanted.values())).items():
+            try:
+                await asyncio.wrap_future(made)
+            except KafkaException as error:
+                native = native_of(error)
+                if native is None or native.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise refusal(error, f"topic {topic!r} on {self.address}") from error
+
+    def _retention_s(self, destination: Destination[Any]) -> float:
+        if not destination.settles:
+            return _SIGNAL_RETENTION_S
+        return self._block(destination).retention_s or self._options.retention_s
+
+    async def _compare(self, admin: AdminClient, destination: Destination[Any], topic: str, *, is_made: bool) -> None:
+        """Raise NotFound without the topic, ConfigError where it is not what the destination's block says."""
+        block = self._block(destination)
+        described = await self._described(admin, topic, is_made=is_made)
+        found: dict[str, float] = {
+            "partitions": len(described.partitions),
+            "replication_factor": len(described.partitions[0].replicas),
+        }
+        if block.retention_s is not None:
+            resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+            config = await self._asked(lambda: admin.describe_configs([resource])[resource], f"topic {topic!r}")
+            found["retention_s"] = int(config["retention.ms"].value) / 1000
+        for name, value in found.items():
+            wanted = getattr(block, name)
+            if wanted is not None and wanted != value:
+                raise ConfigError(
+                    f"topic {topic!r} on {self.address} exists with other properties: {name} is {value}, wanted "
+                    f"{wanted}; change the topic, or adapt the configuration"
+                )
+
+    async def _provision_group(
+        self, destination: Destination[Any], topic: str, group: str, mode: spi.Provision
+    ) -> None:
+        """A new group starts at now, so its first commit is made here."""
+        what, count = f"{destination} on {self.address}", self._partitions[topic]
+        missing = await self._in_group(group, partial(_missing_commits, topic, count, makes=mode == "create"))
+        if missing < count:
+            return  # partitions that came later are read from their beginning
+        if mode == "verify":
+            raise NotFound(
+                f"{what}: group {group!r} has no committed offsets, so it would start at the oldest message; "
+                'provision = "create" lets it start at now'
+            )
+        raise ConnectError(f"{what}: the first commit of group {group!r} was not recorded; try again")
+
+    async def _in_group(self, group: str, work: Callable[[Consumer], T]) -> T:
+        """Do `work` with a client that names `group` and does not join it.
+
+        Not by the AdminClient: confluent-kafka 2.16.1 now and then crashes the process when the answer to its
+        list_consumer_group_offsets is an error.
+        """
+        config = self.config() | {"group.id": group, "enable.auto.commit": False}
+
+        def ask() -> T:
+            client = Consumer(config)
+            try:
+                return work(client)
+            finally:
+                client.close()
+
+        return await self._when_fresh(lambda: asyncio.to_thread(ask), f"group {group!r}")
+
+    async def _described(self, admin: AdminClient, topic: str, *, is_made: bool = False) -> Any:
+        """The topic as the broker describes it; one that was just made may not be known to it yet."""
+
+        def ask() -> Any:
+            return admin.describe_topics(TopicCollection([topic]))[topic]
+
+        found = await self._asked(ask, f"topic {topic!r}", is_made=is_made)
+        self._partitions[topic] = len(found.partitions)
+        return found
+
+    async def _asked(self, ask: Callable[[], Any], what: str, *, is_made: bool = True) -> Any:
+        """One request of the AdminClient."""
+        return await self._when_fresh(lambda: asyncio.wrap_future(ask()), what, is_made=is_made)
+
+    async def _when_fresh(self, work: Callable[[], Awaitable[T]], what: str, *, is_made: bool = True) -> T:
+        """Do it, again while a topic or group that was just made is not ready; `is_made`: or not even known."""
+        deadline = time.monotonic() + _FRESH_S
+        while True:
+            try:
+                return await work()
+            except KafkaException as error:
+                native = native_of(error)
+                fresh = native is not None and native.code() in (_FRESH if is_made else _FRESH[1:])
+                if not fresh or time.monotonic() > deadline:
+                    raise refusal(error, f"{what} on {self.address}") from error
+            await asyncio.sleep(_FRESH_POLL_S)
+
+    # --- senders and receivers
+
+    async def open_sender(self, destination: Destination[Any]) -> Sender:
+        topic, _ = await self._topic(destination)
+        what = f"{destination} on {self.address}"
+        link = self._link(destination.settles)
+        try:  # by the producer, so that it is connected, and knows when it is not any more
+            known = await asyncio.to_thread(link.producer.list_topics, topic, self._options.connect_timeout_s)
+        except KafkaException as error:
+            raise refusal(error, what) from error
+        found = known.topics[topic]
+        if found.error is not None:
+            raise refusal(found.error, what)
+        if link.lost is not None:
+            raise ConnectError(str(link.lost))
+        self._partitions[topic] = len(found.partitions)
+        limit = self._options.max_message_bytes - MESSAGE_ROOM
+        return Sender(link, topic, len(found.partitions), what, max_body=limit)
+
+    async def _topic(self, destination: Destination[Any]) -> tuple[str, int]:
+        """The topic's name and partitions. A Signal's is made when it is first used, whatever `provision` says."""
+        admin = self._opened()
+        topic = topic_name(destination, self._block(destination))
+        try:
+            found = await self._described(admin, topic)
+        except NotFound:
+            if destination.settles:
+                raise
+            await self._create(admin, [destination])
+            found = await self._described(admin, topic, is_made=True)
+        return topic, len(found.partitions)
+
+    def _link(self, confirmed: bool) -> Link:
+        """The producer that all senders of a kind share; a new one when it was lost."""
+        link = self._links.get(confirmed)
+        if link is not None and link.lost is None:
+            return link
+        if link is not None:
+            link.close()
+        config = producer_config(self, confirmed=confirmed)
+        link = self._links[confirmed] = Link(config, asyncio.get_running_loop(), str(self.address))
+        return link
+
+    async def open_receiver(
+        self, destination: Destination[Any], group: str | None, window: int, on_revoke: spi.OnRevoke
+    ) -> Receiver:
+        options = self._options
+        topic, count = await self._topic(destination)
+        what = f"{destination}{f' group {group!r}' if group else ''} on {self.address}"
+        start: list[TopicPartition] | None = None
+        if not destination.settles and group is None:
+            name = f"messaging-listener-{uuid4().hex}"
+            start = await self._in_group(name, partial(_ends, topic, count))
+        else:
+            name = group_id(topic, group)
+            if not destination.settles:
+                await self._in_group(name, partial(_start_at_now, topic, count))
+        receiver = Receiver(what, topic, limit=None if destination.settles else options.signal_buffer)
+        member = Member(
+            receiver,
+            self._consumer_config(name, window),
+            topic,
+            what,
+            window=window if destination.settles else None,
+            start=start,
+            on_revoke=on_revoke,
+            revoke_timeout_s=options.revoke_timeout_s,
+        )
+        self._members = [m for m in self._members if m.thread.is_alive()] + [member]
+        await receiver.open(member, options.connect_timeout_s)
+        return receiver
+
+    def _consumer_config(self, group: str, window: int) -> dict[str, Any]:
+        options = self._options
+        config: dict[str, Any] = self.config() | {
+            "group.id": group,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",  # where a commit has expired: rather again than never
+            "queued.min.messages": max(1000, 2 * window),
+            "queued.max.messages.kbytes": 16_384,
+            "fetch.queue.backoff.ms": 5,  # of a full queue; the default of 1 s starves what drains it in between
+        }
+        if options.group_protocol == "kip848":
+            return config | {"group.protocol": "consumer"}
+        session_ms = round(options.session_timeout_s * 1000)
+        return config | {
+            "partition.assignment.strategy": "cooperative-sticky",
+            "session.timeout.ms": session_ms,
+            "heartbeat.interval.ms": max(100, session_ms // 10),
+        }
+
+    def config(self) -> dict[str, Any]:
+        """What every client needs to connect."""
+        address, options = self.address, self._options
+        config: dict[str, Any] = {
+            "bootstrap.servers": ",".join(f"{_bracket(host)}:{port or 9092}" for host, port in address.hosts),
+            "client.id": "messaging-sdk",
+            "log_level": 0,  # what it would write to stderr comes as an error to its callback as well
+            "socket.connection.setup.timeout.ms": max(1000, round(options.connect_timeout_s * 1000)),
+            **_RECONNECT_MS,
+        }
+        if self._tls:
+            files = {
+                "ssl.ca.location": options.ca_file,
+                "ssl.certificate.location": options.cert_file,
+                "ssl.key.location": options.key_file,
+            }
+            config |= {key: path for key, path in files.items() if path is not None}
+            config["ssl.endpoint.identification.algorithm"] = "https" if options.check_host_name else "none"
+        if address.user is not None:
+            config |= {
+                "sasl.mechanism": options.sasl_mechanism,
+                "sasl.username": address.user,
+                "sasl.password": address.password or "",
+            }
+        protocol = ("SASL_" if address.user is not None else "") + ("SSL" if self._tls else "PLAINTEXT")
+        return config | {"security.protocol": protocol}
+
+    def _opened(self) -> AdminClient:
+        if self._admin is None:
+            raise ConnectError(f"{self.address}: the driver is not open")
+        return self._admin
+
+    def _block(self, destination: Destination[Any]) -> kafka.DestinationOptions:
+        block = self.destinations.get(destination.name)
+        return block if isinstance(block, kafka.DestinationOptions) else _NO_BLOCK
+
+
+def producer_config(driver: Driver, *, confirmed: bool) -> dict[str, Any]:
+    """What a producer is made with; `confirmed`: for a Queue or Topic."""
+    options = cast(Options, driver.options)
+    config: dict[str, Any] = driver.config() | {
+        "partitioner": "murmur2_random",  # the Java client's; librdkafka's own sends keys elsewhere
+        "linger.ms": 0,
+        "message.max.bytes": options.max_message_bytes,
+        "message.timeout.ms": round(options.send_timeout_s * 1000),
+        "topic.metadata.propagation.max.ms": 3000,  # how long a topic that is unknown may be merely new
+        "compression.type": options.compression,
+    }
+    return config | ({"enable.idempotence": True} if confirmed else {"acks": 0})
+
+
+def _ends(topic: str, count: int, client: Consumer) -> list[TopicPartition]:
+    """The end of each partition."""
+    found = client.offsets_for_times([TopicPartition(topic, n, OFFSET_END) for n in range(count)], timeout=_ANSWER_S)
+    for partition in found:
+        if partition.error is not None:
+            raise KafkaException(partition.error)
+    return [TopicPartition(topic, p.partition, p.offset) for p in found]
+
+
+def _uncommitted(topic: str, count: int, client: Consumer) -> int:
+    found = client.committed([TopicPartition(topic, n) for n in range(count)], timeout=_ANSWER_S)
+    return sum(p.offset < 0 for p in found)
+
+
+def _missing_commits(topic: str, count: int, client: Consumer, *, makes: bool) -> int:
+    """How many partitions the group has no commit for; if that is all of them, and `makes`, commit their ends.
+
+    The ends are read before the commits are: of two programs that provision at once none then skips a message, whoever
+    comes last. Kafka has no commit-if-absent.
+    """
+    ends = _ends(topic, count, client)
+    missing = _uncommitted(topic, count, client)
+    if missing < count or not makes:
+        return missing
+    _commit_as_stranger(ends, client)
+    return _uncommitted(topic, count, client)
+
+
+def _start_at_now(topic: str, count: int, client: Consumer) -> None:
+    """A Signal's group keeps nothing for later: who comes first starts it anew."""
+    _commit_as_stranger(_ends(topic, count, client), client)
+
+
+def _commit_as_stranger(ends: list[TopicPartition], client: Consumer) -> None:
+    """A group that has members refuses: it lives, and has commits of its own."""
+    try:
+        client.commit(offsets=ends, asynchronous=False)
+    except KafkaException as error:
+        native = native_of(error)
+        if native is None or native.code() not in _LIVELY:
+            raise
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _join(threads: Iterable[Any]) -> None:
+    for thread in threads:
+        thread.join(1.0)
