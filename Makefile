@@ -6,34 +6,41 @@ BIN     := .venv/bin
 SUITE   := MESSAGING_CONTRACT_PATIENCE_S=60 $(BIN)/messaging contract
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test live-rabbitmq live-nats live-memory live-sqs live-zeromq swap flips evidence check static laws \
+.PHONY: demo test live-rabbitmq live-nats live-memory live-sqs live-kafka live-zeromq swap flips evidence check static laws \
         doubles contract bench engine brokers clean
 
 demo: .venv/run.stamp
 	@$(BIN)/messaging demo
 
-# One suite after the other, each with its kinds side by side. Of SQS and ZeroMQ one profile here, for time: `make
+# One suite after the other, each with its kinds side by side. One profile of most backends here, for time: `make
 # evidence` runs them all. The laws come last, so that a pytest summary closes the output.
 test: .venv/test.stamp engine
-	@$(MAKE) --no-print-directory brokers BROKERS="rabbitmq43 rabbitmq40 nats nats-core ministack"
+	@$(MAKE) --no-print-directory brokers BROKERS="rabbitmq43 nats nats-core ministack kafka"
 	@$(MAKE) --no-print-directory static
-	@$(MAKE) --no-print-directory live-rabbitmq live-nats live-memory SQS=ministack live-sqs ZEROMQ=tcp live-zeromq
+	@$(MAKE) --no-print-directory RABBITMQ=4.3 MEMORY=default SQS=ministack KAFKA=classic ZEROMQ=tcp \
+	  live-rabbitmq live-nats live-memory live-sqs live-kafka live-zeromq
 	@$(MAKE) --no-print-directory swap flips doubles laws
 
-SQS     := all
-ZEROMQ  := all
+RABBITMQ := all
+MEMORY   := all
+SQS      := all
+KAFKA    := all
+ZEROMQ   := all
 
 live-rabbitmq:
-	@$(SUITE) rabbitmq --profile all $(EVIDENCE)
+	@$(SUITE) rabbitmq --profile $(RABBITMQ) $(EVIDENCE)
 
 live-nats:
 	@$(SUITE) nats --profile all $(EVIDENCE)
 
 live-memory:
-	@$(SUITE) memory --profile all $(EVIDENCE)
+	@$(SUITE) memory --profile $(MEMORY) $(EVIDENCE)
 
 live-sqs:
 	@$(SUITE) sqs --profile $(SQS) $(EVIDENCE)
+
+live-kafka:
+	@$(SUITE) kafka --profile $(KAFKA) $(EVIDENCE)
 
 live-zeromq:
 	@$(SUITE) zeromq --profile $(ZEROMQ) $(EVIDENCE)
@@ -50,7 +57,7 @@ flips:
 
 # What the matrix is made of. Commit the result.
 evidence: .venv/test.stamp engine brokers
-	@$(MAKE) --no-print-directory live-rabbitmq live-nats live-memory live-sqs live-zeromq \
+	@$(MAKE) --no-print-directory live-rabbitmq live-nats live-memory live-sqs live-kafka live-zeromq \
 	  EVIDENCE="--evidence contract_tests/evidence"
 	@$(BIN)/messaging matrix
 

@@ -77,6 +77,13 @@ class OffsetLedger:
             self.position = open_[0] if open_ else self._end
         return True
 
+    def settle_all(self) -> None:
+        """Note that every delivery so far is settled."""
+        self._settled += len(self._unsettled)
+        self._unsettled.clear()
+        self._open.clear()
+        self.position = self._end
+
     def begin_commit(self) -> int | None:
         """The position to commit now; None while a commit is under way or where there is nothing new."""
         if self._under_way is not None or self._state == self._committed:

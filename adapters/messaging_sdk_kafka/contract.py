@@ -35,6 +35,7 @@ _SESSION_S: Final = 4.0  # short, since a killed member's partitions are waited 
 _REVOKE_S: Final = 3.0  # a consumer that was cut while its handler runs is waited for as long by its successor
 _CUT_SEEN_S: Final = 0.1  # a reset is seen by a client's thread, and told by its next poll
 _WAIT_S: Final = 10.0
+_STOPPED_S: Final = 0.1  # a deleted topic's partitions take messages for a moment after it is known no more
 _PARTITIONS: Final = 3  # a member each where three share; each costs the broker files, and time after a kill
 
 
@@ -49,7 +50,7 @@ class Harness(harness.ContainerHarness):
     takeover_s: float = 2.5 * _SESSION_S
     settle_before_kill_s: float = 1.0
     quiet_s: float = 1.0  # a member's first fetch comes after joining, offsets and metadata
-    at_once: ClassVar[int] = 3
+    at_once: ClassVar[int] = 4
     lanes: int = _PARTITIONS
 
     def __init__(self, profile: str = "classic") -> None:
@@ -157,6 +158,10 @@ class Harness(harness.ContainerHarness):
             for gone in admin.delete_topics(topics, operation_timeout=5).values():
                 with suppress(KafkaException):  # absent is fine
                     gone.result(_WAIT_S)
+            end = time.monotonic() + _WAIT_S
+            while time.monotonic() < end and not set(topics).isdisjoint(admin.list_topics(timeout=_WAIT_S).topics):
+                time.sleep(0.02)
+            time.sleep(_STOPPED_S)
 
         if topics:
             await self._native(delete)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, cast
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Record
 
 from messaging_sdk.errors import ConnectError, ConnectionLost, MessagingError, SettleLost
@@ -42,7 +42,7 @@ JOIN_S: Final = 3.0
 LEAVE_S: Final = 5.0
 """Longest wait for the last commit of a leaving member."""
 REACH_S: Final = 1.0
-"""How long a member whose connections were lost tries to tell its group that it leaves."""
+"""Longest wait for an answer of the broker that is of use, but not needed."""
 RETRY_COMMIT_S: Final = 0.05
 _VERSION: Final = "ahead1:"
 _LOST: Final = (
@@ -51,9 +51,9 @@ _LOST: Final = (
     KafkaError.FENCED_INSTANCE_ID,
     KafkaError.FENCED_MEMBER_EPOCH,
     KafkaError._FENCED,
-    KafkaError.STALE_MEMBER_EPOCH,
 )
-"""Answers to a commit that say: these partitions are no longer ours."""
+"""Answers to a commit that say: these partitions are no longer ours. STALE_MEMBER_EPOCH does not: the member has not
+heard yet of a rebalance (KIP-848), and may commit when it has."""
 
 _UNHEALING: Final = (
     KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -67,7 +67,7 @@ _UNHEALING: Final = (
 class Claim:
     """One partition for as long as it is ours. A receipt is (claim, offset)."""
 
-    __slots__ = ("done", "is_stalled", "ledger", "partition", "session")
+    __slots__ = ("done", "is_stalled", "ledger", "partition", "session", "taken")
 
     def __init__(self, what: str, partition: int, position: int, done: set[int]) -> None:
         self.partition = partition
@@ -76,6 +76,8 @@ class Claim:
         self.done = done
         """Offsets that an earlier owner settled ahead of its position."""
         self.is_stalled = False
+        self.taken: list[int] = []
+        """Offsets of the batch at hand."""
 
 
 class Answers:
@@ -208,11 +210,10 @@ class Member:
 
     def _serve(self) -> None:
         """Rebalances and answers come by polling only, and a poll may bring a record that there is no room for."""
-        if self._commit is None and not self._is_paused:
-            self._ordered.wait(STALL_S)
-            if self._orders:
-                return
-        record = self._consumer.poll(BUSY_POLL_S if self._commit or not self._is_paused else IDLE_POLL_S)
+        self._ordered.wait(STALL_S if self._commit is None else BUSY_POLL_S)
+        if self._orders:
+            return
+        record = self._consumer.poll(0)
         if record is None:
             return
         if not self._stopped:
@@ -223,8 +224,17 @@ class Member:
 
     def _resume(self) -> None:
         self._is_paused = False
-        flowing = [p for p, claim in self._claims.items() if not claim.is_stalled]
-        self._consumer.resume(self._partitions(flowing))
+        self._flow([p for p, claim in self._claims.items() if not claim.is_stalled])
+
+    def _flow(self, numbers: Sequence[int]) -> None:
+        """Resume these, and wake the client up by a question to their leaders: librdkafka 2.16 would look again within
+        a second only."""
+        resumed = self._partitions(numbers)
+        self._consumer.resume(resumed)
+        if resumed:
+            asked = [TopicPartition(p.topic, p.partition, OFFSET_END) for p in resumed]
+            with suppress(KafkaException):  # it only wakes
+                self._consumer.offsets_for_times(asked, timeout=REACH_S)
 
     def _obey(self) -> None:
         self._ordered.clear()
@@ -270,35 +280,35 @@ class Member:
     # --- records
 
     def _take(self, records: Sequence[Record]) -> None:
-        good = [record for record in records if not self._is_error(record)]
-        if self._start is not None:
-            self._tell_records([(None, record) for record in good])
-            return
-        found: list[tuple[Claim | None, Record]] = []
-        claims = self._claims
-        offsets: dict[Claim, list[int]] = {}
-        for record in good:
+        found: list[Message[Any]] = []
+        claims, settles = self._claims, self._window is not None
+        for record in records:
+            if record.error() is not None and self._is_error(record):
+                continue
+            if self._start is not None:
+                found.append(_message(record))
+                continue
             claim = claims.get(cast(int, record.partition()))
             if claim is None:
                 continue
             offset = cast(int, record.offset())
-            if claim in offsets:
-                offsets[claim].append(offset)
-            else:
-                offsets[claim] = [offset]
+            claim.taken.append(offset)
             if not (claim.done and offset in claim.done):
-                found.append((claim, record))
-        for claim, delivered in offsets.items():
-            self._note(claim, delivered)
-        if self._window is not None:
+                found.append(_delivery(record, claim, offset) if settles else _message(record))
+        taken = [claim for claim in claims.values() if claim.taken]
+        for claim in taken:
+            self._note(claim)
+        if settles:
             self._out += len(found)
-        elif not self._committed_before_hand_out(offsets):
+        elif self._start is None and not self._committed_before_hand_out(taken):
             self.tell(self._receiver.lost_some, len(found))
             return
-        self._tell_records(found)
+        if found:
+            self.tell(self._receiver.arrived, found)
 
-    def _note(self, claim: Claim, delivered: Sequence[int]) -> None:
+    def _note(self, claim: Claim) -> None:
         """In the ledger: these are out, but for those that an earlier owner settled ahead of its position."""
+        delivered, claim.taken = claim.taken, []
         claim.ledger.deliver(delivered)
         if claim.done:
             for offset in claim.done.intersection(delivered):
@@ -308,21 +318,15 @@ class Member:
             claim.is_stalled = True
             self._consumer.pause(self._partitions([claim.partition]))
 
-    def _tell_records(self, found: list[tuple[Claim | None, Record]]) -> None:
-        if found:
-            self.tell(self._receiver.arrived, found)
-
-    def _committed_before_hand_out(self, offsets: Mapping[Claim, Sequence[int]]) -> bool:
+    def _committed_before_hand_out(self, taken: Iterable[Claim]) -> bool:
         """At most once: what cannot be committed may be another member's by now."""
-        for claim, delivered in offsets.items():
-            for offset in delivered:
-                claim.ledger.settle(offset)
+        for claim in taken:
+            claim.ledger.settle_all()
         return self._commit_now()
 
     def _is_error(self, record: Record) -> bool:
         error = record.error()
-        if error is None:
-            return False
+        assert error is not None, "asked for records with an error only"
         code = error.code()
         if code == KafkaError._FATAL and not self._joined_s and "group.protocol" in self._config:
             raise no_protocol(self._what)
@@ -366,7 +370,7 @@ class Member:
             if claim.is_stalled and claim.ledger.span < GAP // 2:
                 claim.is_stalled = False
                 if not self._is_paused:
-                    self._consumer.resume(self._partitions([claim.partition]))
+                    self._flow([claim.partition])
         self._settled.append(answers)
 
     def _begin_commit(self) -> None:
@@ -564,7 +568,7 @@ class Receiver(ReceiverContract):
         self._what = what
         self._topic = topic
         self._settles = limit is None
-        self._buffer: deque[tuple[Claim | None, Record]] = deque(maxlen=limit)
+        self._buffer: deque[Any] = deque(maxlen=limit)
         self._waiter: asyncio.Future[None] | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -589,42 +593,19 @@ class Receiver(ReceiverContract):
         while True:
             if self._error is not None:
                 raise self._error
-            found = self._deliveries(max_deliveries) if self._settles else self._messages(max_deliveries)
-            if found:
-                return found
+            if self._buffer:
+                found = self._taken(max_deliveries)
+                if found:
+                    return found
+                continue
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
-    def _deliveries(self, most: int) -> list[Delivery[Any]]:
-        found: list[Delivery[Any]] = []
+    def _taken(self, most: int) -> list[Any]:
         buffer = self._buffer
-        while buffer and len(found) < most:
-            claim, record = buffer.popleft()
-            assert claim is not None
-            session = claim.session
-            if session.closing or session.lost:
-                continue
-            body, key = record.value(), record.key()
-            found.append(
-                Delivery(
-                    body or b"",
-                    id_of(record),
-                    None if key is None else key.decode("utf-8", "replace"),
-                    partial(meta_of, record),
-                    receipt=(claim, record.offset()),
-                    session=session,
-                    native=record,
-                )
-            )
-        return found
-
-    def _messages(self, most: int) -> list[Message[Any]]:
-        found: list[Message[Any]] = []
-        while self._buffer and len(found) < most:
-            _, record = self._buffer.popleft()
-            key = record.key()
-            text = None if key is None else key.decode("utf-8", "replace")
-            found.append(Message(record.value() or b"", id_of(record), text, partial(meta_of, record)))
+        found = [buffer.popleft() for _ in range(min(most, len(buffer)))]
+        if self._settles:  # what was revoked while it lay here is another member's
+            return [d for d in found if not (d.session.closing or d.session.lost)]
         return found
 
     def settle_batch(
@@ -657,7 +638,7 @@ class Receiver(ReceiverContract):
 
     # called by the thread's hop
 
-    def arrived(self, found: list[tuple[Claim | None, Record]]) -> None:
+    def arrived(self, found: Sequence[Message[Any]]) -> None:
         if self._buffer.maxlen is not None:
             self.dropped += max(0, len(self._buffer) + len(found) - self._buffer.maxlen)
         self._buffer.extend(found)
@@ -711,6 +692,25 @@ def ahead_of(position: int, metadata: str | None) -> set[int]:
     return {position + 8 * n + bit for n, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1}
 
 
+def _delivery(record: Record, claim: Claim, offset: int) -> Delivery[Any]:
+    key = record.key()
+    return Delivery(
+        record.value() or b"",
+        id_of(record),
+        None if key is None else key.decode("utf-8", "replace"),
+        partial(meta_of, record),
+        receipt=(claim, offset),
+        session=claim.session,
+        native=record,
+    )
+
+
+def _message(record: Record) -> Message[Any]:
+    key = record.key()
+    text = None if key is None else key.decode("utf-8", "replace")
+    return Message(record.value() or b"", id_of(record), text, partial(meta_of, record))
+
+
 def meta_of(record: Record) -> Meta:
     """What arrived beside body, id and key."""
     headers: dict[str, str] = {}
@@ -724,7 +724,7 @@ def meta_of(record: Record) -> Meta:
 
 def id_of(record: Record) -> str:
     """The publisher's id; of a foreign record its place, which stays the same when it comes again."""
-    for name, value in _pairs(record):
+    for name, value in _pairs(record):  # ours comes first
         if name == ID and isinstance(value, bytes):
             return value.decode("utf-8", "replace")
     return f"{record.topic()}/{record.partition()}/{record.offset()}"

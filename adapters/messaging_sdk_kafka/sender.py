@@ -159,7 +159,7 @@ class Sender(SenderContract):
         if not slot.failed and not slot.refused and count <= len(_PAIRS):
             outcomes: Outcomes = _PAIRS[:count]
         else:
-            bad = {**slot.refused, **{n: report(error, self._what) for n, error in slot.failed.items()}}
+            bad = {**slot.refused, **{n: self._failure(error) for n, error in slot.failed.items()}}
             outcomes = [(n, bad.get(n, SENT)) for n in range(count)]
         slot.on_outcomes, slot.messages = None, ()
         slot.failed, slot.refused = {}, {}
@@ -169,6 +169,11 @@ class Sender(SenderContract):
         if not self._open and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
         on_outcomes(outcomes)
+
+    def _failure(self, error: KafkaError) -> SendResult:
+        if error.code() == KafkaError._DESTROY and self.link.lost is not None:  # the client was, not the topic
+            return indeterminate(loss(error, self._what))
+        return report(error, self._what)
 
     async def close(self) -> None:
         self._closed = True

@@ -93,6 +93,14 @@ def test_what_is_settled_ahead_is_told_and_makes_a_commit_due_where_it_is_noted(
     assert (log.begin_commit(), log.ahead()) == (10, [])
 
 
+def test_all_can_be_settled_at_once() -> None:
+    log = ledger(0, 1, 4)
+    log.settle(1)
+    log.settle_all()
+    assert (log.begin_commit(), log.unsettled, log.gap) == (5, 0, 0)
+    assert not log.settle(4)
+
+
 def test_the_gap_counts_what_a_crash_repeats() -> None:
     log = ledger(0, 1, 2, 3)
     for offset in (1, 2, 3):

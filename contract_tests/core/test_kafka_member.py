@@ -1,0 +1,350 @@
+"""Laws of a Kafka member and sender that need no broker: a scripted client, or librdkafka's own mock cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from messaging_sdk import (
+    AuthError,
+    ConfigError,
+    ConnectionLost,
+    InvalidMessage,
+    NotFound,
+    Outcome,
+    SettleLost,
+    TooLarge,
+)
+from messaging_sdk.config import Address
+from messaging_sdk.model import Outgoing
+from messaging_sdk.spi import ACCEPT, Outcomes
+from messaging_sdk_kafka import Driver
+from messaging_sdk_kafka.driver import producer_config
+from messaging_sdk_kafka.errors import TABLE, refusal, report
+from messaging_sdk_kafka.receiver import ASIDE, BUSY_POLL_S, Answers, Claim, Member, Receiver, id_of, meta_of
+from messaging_sdk_kafka.sender import Link, Sender
+
+HOST = (("127.0.0.1", 9092),)
+
+
+class Record:
+    """What a consumer's poll gives."""
+
+    def __init__(self, offset: int, headers: list[tuple[str, bytes | None]] | None = None, partition: int = 0) -> None:
+        self._offset, self._headers, self._partition = offset, headers, partition
+
+    def error(self) -> None:
+        return None
+
+    def topic(self) -> str:
+        return "t"
+
+    def partition(self) -> int:
+        return self._partition
+
+    def offset(self) -> int:
+        return self._offset
+
+    def key(self) -> None:
+        return None
+
+    def value(self) -> bytes:
+        return b"x"
+
+    def headers(self) -> list[tuple[str, bytes | None]] | None:
+        return self._headers
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, 1500
+
+
+class Client:
+    """A consumer that always has another record and never answers a commit; it notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.next = 0
+
+    def poll(self, _wait_s: float) -> Record:
+        self.next += 1
+        return Record(self.next - 1)
+
+    def __getattr__(self, name: str) -> Callable[..., list[Any]]:
+        def call(*_args: object, **_named: object) -> list[Any]:
+            self.calls.append(name)
+            return []
+
+        return call
+
+
+def member(window: int = 1) -> tuple[Member, Client, Claim]:
+    async def ignore(sessions: object, deadline_s: float) -> None:
+        """Nobody holds work here."""
+
+    receiver = Receiver("t", "t", limit=None)
+    made = Member(receiver, {}, "t", "t", window=window, start=None, on_revoke=ignore, revoke_timeout_s=0.1)
+    receiver.member = made
+    client, claim = Client(), Claim("t", 0, 0, set())
+    made._consumer = client  # type: ignore[assignment]
+    made._claims[0] = claim
+    return made, client, claim
+
+
+def within(body: Callable[[], object]) -> None:
+    """Run `body` where a loop runs."""
+
+    async def main() -> None:
+        body()
+
+    asyncio.run(main())
+
+
+def test_a_full_window_takes_one_record_aside_per_wait_while_a_commit_is_under_way() -> None:
+    """Or it would pause at once, which throws away what was prefetched and costs up to a second."""
+
+    def body() -> None:
+        made, client, _ = member()
+        made._out, made._commit = 1, ([], [])
+        began = time.monotonic()
+        for _ in range(10):
+            made._serve()
+        assert len(made._aside) == 10
+        assert time.monotonic() - began >= 10 * BUSY_POLL_S * 0.9
+        assert "pause" not in client.calls
+
+    within(body)
+
+
+def test_a_member_that_cannot_hand_out_pauses_and_wakes_the_client_up_when_it_resumes() -> None:
+    def body() -> None:
+        made, client, _ = member()
+        made._out, made._commit = 1, ([], [])
+        for _ in range(ASIDE):
+            made._serve()
+        assert client.calls == ["pause"]
+        made._resume()
+        assert client.calls == ["pause", "resume", "offsets_for_times"]
+
+    within(body)
+
+
+def test_a_settlement_makes_room_and_an_order_cuts_the_wait_short() -> None:
+    def body() -> None:
+        made, _, claim = member()
+        made._take([Record(0)])  # type: ignore[list-item]
+        assert made._room() == 0
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        made.order(lambda: made.settle(Answers([((claim, 0), ACCEPT)], future)))
+        began = time.monotonic()
+        made._serve()
+        assert not made._aside and time.monotonic() - began < 0.01
+        made._obey()
+        assert made._room() == 1 and claim.ledger.position == 1
+
+    within(body)
+
+
+@pytest.mark.parametrize(("code", "is_lost"), [("STALE_MEMBER_EPOCH", False), ("FENCED_MEMBER_EPOCH", True)])
+def test_a_commit_of_a_member_that_is_merely_late_is_made_again(code: str, is_lost: bool) -> None:
+    def body() -> None:
+        made, client, claim = member(window=10)
+        told: list[Any] = []
+        made.tell = lambda call, *args: told.append((call, *args))  # type: ignore[method-assign]
+        made._take([Record(0)])  # type: ignore[list-item]
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        made.settle(Answers([((claim, 0), ACCEPT)], future))
+        made._begin_commit()
+        told.clear()
+        made._on_commit(KafkaError(getattr(KafkaError, code)), [TopicPartition("t", 0, 1)])
+        assert bool(told) is is_lost
+        if is_lost:
+            ((_, [(_, [(index, error)])]),) = told
+            assert index == 0 and isinstance(error, SettleLost)
+            return
+        made._next_commit_s = 0.0
+        made._begin_commit()
+        made._on_commit(None, [TopicPartition("t", 0, 1)])
+        ((_, [(_, failed)]),) = told
+        assert failed == [] and client.calls == ["commit", "commit"]
+
+    within(body)
+
+
+def test_what_an_earlier_owner_settled_ahead_is_not_handed_out() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        claim.done = {1}
+        told: list[Any] = []
+        made.tell = lambda call, *args: told.extend(args[0])  # type: ignore[method-assign]
+        made._take([Record(n) for n in range(3)])  # type: ignore[list-item]
+        assert [d.receipt[1] for d in told] == [0, 2]
+        assert (made._out, claim.ledger.ahead()) == (2, [1])
+
+    within(body)
+
+
+def test_a_member_whose_connections_were_lost_asks_its_coordinator_before_it_leaves() -> None:
+    """So that the leave is told: else the group would wait for the end of its session."""
+
+    def body() -> None:
+        made, client, _ = member()
+        made._lost = ConnectionLost("gone")
+        made._leave()
+        assert client.calls == ["committed", "close"]
+
+    within(body)
+
+
+def test_a_member_that_was_dropped_leaves_without_a_word() -> None:
+    def body() -> None:
+        made, client, _ = member()
+        made.drop()
+        made._leave()
+        assert client.calls == ["close"]
+
+    within(body)
+
+
+def test_a_foreign_record_has_its_place_as_id_and_all_its_headers() -> None:
+    record: Any = Record(7, [("x", b"1"), ("messaging-id", None)], partition=3)
+    assert id_of(record) == "t/3/7"
+    assert dict(meta_of(record).headers) == {"x": "1"}
+    assert meta_of(record).created_s == 1.5
+
+
+def test_our_headers_are_taken_off() -> None:
+    pairs: list[tuple[str, bytes | None]] = [
+        ("messaging-id", b"i"),
+        ("messaging-content-type", b"text/plain"),
+        ("messaging-correlation", b"c"),
+        ("x", b"\xff"),
+    ]
+    record: Any = Record(0, pairs)
+    meta = meta_of(record)
+    assert (id_of(record), meta.content_type, meta.correlation_id) == ("i", "text/plain", "c")
+    assert dict(meta.headers) == {"x": "\ufffd"}
+
+
+@pytest.mark.parametrize("code", sorted(TABLE))
+def test_every_error_of_the_table_has_its_class_and_says_what_to_do(code: int) -> None:
+    kind, transient, unstored, advice = TABLE[code]
+    found = refusal(KafkaException(KafkaError(code)), "here")
+    assert type(found) is kind and found.transient is transient and advice in str(found)
+    sent = report(KafkaError(code), "here")
+    assert sent.outcome is (Outcome.REJECTED if unstored else Outcome.INDETERMINATE)
+
+
+def test_an_error_that_is_not_in_the_table_leaves_a_send_unsure() -> None:
+    assert report(KafkaError(KafkaError._FAIL), "here").outcome is Outcome.INDETERMINATE
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (KafkaError.TOPIC_AUTHORIZATION_FAILED, AuthError),
+        (KafkaError.UNKNOWN_TOPIC_OR_PART, NotFound),
+        (KafkaError._TRANSPORT, ConnectionLost),
+    ],
+)
+def test_the_result_of_a_send_that_failed(code: int, kind: type[Exception]) -> None:
+    assert type(report(KafkaError(code), "here").error) is kind
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "said"),
+    [
+        (Address("kafka"), {}, "names no host"),
+        (Address("kafka", HOST, path="/x"), {}, "has a path"),
+        (Address("kafka", HOST), {"ca_file": "ca.pem"}, "need TLS"),
+    ],
+)
+def test_what_cannot_be_connected_to_is_refused_when_it_is_configured(
+    address: Address, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Driver(address, Driver.Options(**options), {})
+
+
+def test_a_bad_message_is_refused_alone_and_before_it_reaches_the_client() -> None:
+    driver = Driver(Address("kafka", HOST), Driver.Options(), {})
+    config = {**producer_config(driver, confirmed=True), "test.mock.num.brokers": 1}
+    messages = [
+        Outgoing(b"x", "0"),
+        Outgoing(b"x" * 1001, "1"),
+        Outgoing(b"x", "2", headers={"a\0b": "x"}),
+        Outgoing(b"x", "3", headers={"\ud800": "x"}),
+        Outgoing(b"x", "4", ttl_s=1.0),
+        Outgoing(b"x", "5"),
+    ]
+
+    async def body() -> Outcomes:
+        link = Link(config, asyncio.get_running_loop(), "mock")
+        told: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
+        Sender(link, "t", 4, "mock", max_body=1000).send_batch(messages, told.set_result)
+        async with asyncio.timeout(30):
+            found = await told
+        link.close()
+        await asyncio.to_thread(link.thread.join)
+        return found
+
+    results = dict(asyncio.run(body()))
+    assert [results[n].outcome for n in range(6)] == [
+        Outcome.OK, Outcome.REJECTED, Outcome.REJECTED, Outcome.REJECTED, Outcome.REJECTED, Outcome.OK,
+    ]  # fmt: skip
+    assert isinstance(results[1].error, TooLarge) and isinstance(results[2].error, InvalidMessage)
+
+
+def test_what_a_link_still_has_when_it_ends_is_given_up_as_unsure() -> None:
+    async def body() -> Outcomes:
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and says nothing
+            driver = Driver(Address("kafka", (("127.0.0.1", silent.getsockname()[1]),)), Driver.Options(), {})
+            link = Link(producer_config(driver, confirmed=True), asyncio.get_running_loop(), "silent")
+            sender = Sender(link, "t", 1, "silent", max_body=1000)
+            told: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
+            sender.send_batch([Outgoing(b"x", "0")], told.set_result)
+            await asyncio.sleep(0.05)
+            assert not told.done()
+            link.close()
+            async with asyncio.timeout(30):
+                found = await told
+        with pytest.raises(ConnectionLost):
+            sender.send_batch([Outgoing(b"x", "1")], told.set_result)
+        await asyncio.to_thread(link.thread.join)
+        return found
+
+    ((_, result),) = asyncio.run(body())
+    assert result.outcome is Outcome.INDETERMINATE and isinstance(result.error, ConnectionLost)
+
+
+@pytest.mark.parametrize(
+    ("lost", "outcome"), [(None, Outcome.REJECTED), (ConnectionLost("gone"), Outcome.INDETERMINATE)]
+)
+def test_a_topic_that_vanishes_under_a_message_is_not_found_unless_the_client_is_what_vanished(
+    lost: ConnectionLost | None, outcome: Outcome
+) -> None:
+    class Gone:
+        pass
+
+    link: Any = Gone()
+    link.lost = lost
+    result = Sender(link, "t", 1, "t", max_body=1000)._failure(KafkaError(KafkaError._DESTROY))
+    assert result.outcome is outcome
+
+
+def test_a_topic_partition_is_asked_for_by_its_end() -> None:
+    """The question that wakes the client up names the end, which every leader knows."""
+    asked: list[TopicPartition] = []
+
+    def body() -> None:
+        made, client, _ = member()
+        client.offsets_for_times = lambda found, timeout: asked.extend(found)  # type: ignore[attr-defined]
+        made._flow([0, 2])
+
+    within(body)
+    assert [(p.topic, p.partition, p.offset) for p in asked] == [("t", 0, -1), ("t", 2, -1)]
