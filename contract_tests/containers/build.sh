@@ -33,10 +33,21 @@ make_base() { # SUITE -> image messaging-sdk-test/base:SUITE, out of this machin
     rm "$context/base.tar"
 }
 
+fetch_jars() { # what the context's pom.xml names, and all that needs, into libs/: by this machine's Maven and its settings
+    if ! command -v mvn >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "build: installing maven ..." >&2
+        apt-get -q=2 update >&2
+        DEBIAN_FRONTEND=noninteractive apt-get -q=2 install -y --no-install-recommends maven >&2
+    fi
+    command -v mvn >/dev/null || { echo "build: mvn (Maven) is missing: no jars for $service." >&2; return 1; }
+    mvn --quiet --batch-mode --file "$context/pom.xml" dependency:copy-dependencies -DoutputDirectory="$context/libs" >&2
+}
+
 exists "$tag" && exit 0
 make_base "$(sed -n 's|^FROM messaging-sdk-test/base:||p' "$here/$service/Dockerfile")"
 cp -r "$here/$service/." "$@" "$context/"
 # What an image needs from elsewhere is fetched here and copied in: the build may reach nothing but Debian's packages.
+[ ! -e "$context/pom.xml" ] || fetch_jars
 if [ -e "$context/fetch.sh" ]; then
     (cd "$context" && bash fetch.sh)
     rm "$context/fetch.sh"
