@@ -390,7 +390,7 @@ class Consumer(Settler):
         self._finish(delivery)
 
     def hand_over(self, delivery: Delivery[Any]) -> None:
-        """Its session is lost and its handler was cancelled: the next owner runs it, which costs it no attempt here."""
+        """Its session is going or gone: the next owner runs it, which costs it no attempt here."""
         self.stats.handed_back += 1
         self._forget(delivery)
 
@@ -467,7 +467,13 @@ class Consumer(Settler):
     # --- failure
 
     def hold(self, delivery: Delivery[Any], after_s: float) -> None:
-        """Keep it unsettled and make it ready again after `after_s`; its lane stays taken."""
+        """Keep it unsettled and make it ready again after `after_s`; its lane stays taken.
+
+        What is being revoked is not kept: its next owner runs it, and a lane held here would never be left.
+        """
+        if delivery.session.closing or delivery.session.lost:
+            self.hand_over(delivery)
+            return
         self._running.discard(delivery)
         delivery.attempt += 1
         self._timers[delivery] = self._loop.call_later(after_s, self._again, delivery)

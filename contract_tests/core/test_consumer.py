@@ -960,6 +960,35 @@ def test_a_revoked_key_runs_again_for_its_new_session() -> None:
     law(body)
 
 
+def test_a_handler_that_fails_while_its_session_is_revoked_leaves_its_key_free() -> None:
+    """Its message is the next owner's; held here for a retry, it would keep the lane for ever."""
+
+    async def body() -> None:
+        failing, ran = asyncio.Event(), []
+
+        async def handle(message: Message[Any]) -> None:
+            ran.append(message.id)
+            if len(ran) == 1:
+                await failing.wait()
+                raise RuntimeError("the gateway is down")
+
+        bench = Bench(ORDERED)
+        receiver = await bench.start(handle, concurrency=2)
+        receiver.give("a1", key="a")
+        await eventually(lambda: ran == ["a1"])
+        revoking = asyncio.create_task(bench.consumer.on_revoke([receiver.session], 5.0))
+        await asyncio.sleep(0)
+        failing.set()
+        await revoking
+        assert bench.consumer.held == 0 and bench.consumer.idle
+        receiver.session = type(receiver.session)("second assignment")
+        receiver.give("a1", key="a")
+        await eventually(lambda: ("a1", "accept") in receiver.settled)
+        await bench.stop()
+
+    law(body)
+
+
 # --- the end
 
 
