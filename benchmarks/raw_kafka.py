@@ -144,7 +144,7 @@ def _latency(job: Job, producer: Producer) -> Sample:
 
 
 def _consumer(job: Job) -> Consumer:
-    group = {"group.id": f"{job.name}.{GROUP}", "enable.auto.offset.store": False, "auto.offset.reset": "earliest"}
+    group = {"group.id": f"{job.name}:{GROUP}", "enable.auto.offset.store": False, "auto.offset.reset": "earliest"}
     consumer = Consumer(servers(job.url) | group)
     consumer.subscribe([job.name])
     return consumer

@@ -63,7 +63,7 @@ def _kafka(job: Job, handler: Handler | None) -> Any:
     if handler is not None:
 
         @broker.subscriber(
-            job.name, group_id=f"{job.name}.workers", auto_offset_reset="earliest", ack_policy=AckPolicy.NACK_ON_ERROR
+            job.name, group_id=f"{job.name}:workers", auto_offset_reset="earliest", ack_policy=AckPolicy.NACK_ON_ERROR
         )
         async def handle(body: bytes) -> None:
             handler()

@@ -101,7 +101,10 @@ class Driver(spi.Driver):
         if self._admin is not None:
             return
         config: dict[str, Any] = self.config() | {"error_cb": self._troubles.append}
-        admin = self._admin = AdminClient(config)
+        try:
+            admin = self._admin = AdminClient(config)
+        except KafkaException as error:
+            raise refusal(error, str(self.address)) from error
         try:
             cluster = await self._reached(admin)
             self._server = "Apache Kafka"
@@ -120,14 +123,17 @@ class Driver(spi.Driver):
         while not waiting.done() and time.monotonic() < deadline:
             await asyncio.wait([waiting], timeout=_POLL_S)
             admin.poll(0)
-            telling = next((e for e in self._troubles if e.code() != KafkaError._TRANSPORT), None)
-            if telling is not None and not waiting.done():
+            codes = {error.code() for error in self._troubles}
+            alone = len(self.address.hosts) == 1  # one bad host of several is the client's business
+            is_hopeless = KafkaError._ALL_BROKERS_DOWN in codes or (alone and codes - {KafkaError._TRANSPORT})
+            if is_hopeless and not waiting.done():
                 waiting.cancel()
                 worst = min(self._troubles, key=lambda e: e.code() == KafkaError._ALL_BROKERS_DOWN)
                 raise refusal(worst, str(self.address))
         if not waiting.done():
             waiting.cancel()
-            raise ConnectError(f"{self.address}: no answer within {wait_s:g} s; is it a running Kafka?")
+            said = f" (the client said: {self._troubles[-1].str()})" if self._troubles else ""
+            raise ConnectError(f"{self.address}: no answer within {wait_s:g} s; is it a running Kafka?{said}")
         try:
             return waiting.result()
         except KafkaException as error:
@@ -155,9 +161,9 @@ class Driver(spi.Driver):
             member.order(member.drop)
         self._members = []
         self._troubles = []
-        if links:
-            await asyncio.to_thread(_join, [link.thread for link in links.values()])
+        clients = [admin]
         del admin
+        await asyncio.to_thread(_end, [link.thread for link in links.values()], clients)
 
     def server(self) -> str:
         return self._server
@@ -199,9 +205,8 @@ class Driver(spi.Driver):
                     raise refusal(error, f"topic {topic!r} on {self.address}") from error
 
     def _retention_s(self, destination: Destination[Any]) -> float:
-        if not destination.settles:
-            return _SIGNAL_RETENTION_S
-        return self._block(destination).retention_s or self._options.retention_s
+        otherwise = self._options.retention_s if destination.settles else _SIGNAL_RETENTION_S
+        return self._block(destination).retention_s or otherwise
 
     async def _compare(self, admin: AdminClient, destination: Destination[Any], topic: str, *, is_made: bool) -> None:
         """Raise NotFound without the topic, ConfigError where it is not what the destination's block says."""
@@ -321,6 +326,9 @@ class Driver(spi.Driver):
             return link
         if link is not None:
             link.close()
+            if link.refused is not None:
+                del self._links[confirmed]
+                raise link.refused
         config = producer_config(self, confirmed=confirmed)
         link = self._links[confirmed] = Link(config, asyncio.get_running_loop(), str(self.address))
         return link
@@ -419,6 +427,7 @@ def producer_config(driver: Driver, *, confirmed: bool) -> dict[str, Any]:
         "linger.ms": 0,
         "message.max.bytes": options.max_message_bytes,
         "message.timeout.ms": round(options.send_timeout_s * 1000),
+        "allow.auto.create.topics": False,  # a topic that was deleted would come back with the broker's defaults
         "topic.metadata.propagation.max.ms": 3000,  # how long a topic that is unknown may be merely new
         "compression.type": options.compression,
     }
@@ -472,6 +481,8 @@ def _bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _join(threads: Iterable[Any]) -> None:
+def _end(threads: Iterable[Any], clients: list[Any]) -> None:
+    """On a thread of its own: a client's end joins the client's threads."""
+    clients.clear()
     for thread in threads:
         thread.join(1.0)

@@ -36,7 +36,7 @@ class Options(BaseModel):
     (group.consumer.session.timeout.ms)."""
     revoke_timeout_s: Seconds = Field(10.0, gt=0)
     """How long handlers of a partition that goes to another member may take to end; the group waits for them."""
-    send_timeout_s: Seconds = Field(30.0, ge=1)
+    send_timeout_s: Seconds = Field(20.0, ge=1)
     """A message without an answer from the broker is given up as indeterminate after this time."""
     partitions: int = Field(PARTITIONS, ge=1)
     """Of topics made here."""
@@ -94,8 +94,11 @@ def topic_name(destination: Destination[Any], options: BaseModel | None) -> str:
 
 
 def group_id(topic: str, group: str | None) -> str:
-    """A group reads one topic only: members of one group id that subscribe to different topics disturb each other."""
-    return f"{topic}.{group or QUEUE_GROUP}"
+    """A group reads one topic only: members of one group id that subscribe to different topics disturb each other.
+
+    No topic has a colon in its name, so no two pairs give the same id.
+    """
+    return f"{topic}:{group or QUEUE_GROUP}"
 
 
 _NOTES: Final = {

@@ -46,14 +46,13 @@ REACH_S: Final = 1.0
 RETRY_COMMIT_S: Final = 0.05
 _VERSION: Final = "ahead1:"
 _LOST: Final = (
-    KafkaError.ILLEGAL_GENERATION,
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.FENCED_INSTANCE_ID,
     KafkaError.FENCED_MEMBER_EPOCH,
     KafkaError._FENCED,
 )
-"""Answers to a commit that say: these partitions are no longer ours. STALE_MEMBER_EPOCH does not: the member has not
-heard yet of a rebalance (KIP-848), and may commit when it has."""
+"""Answers to a commit that say: these partitions are no longer ours. ILLEGAL_GENERATION and STALE_MEMBER_EPOCH do not:
+the commit met a rebalance, and may be made again when the member has heard of it. Else the client tells of the loss."""
 
 _UNHEALING: Final = (
     KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -67,7 +66,7 @@ _UNHEALING: Final = (
 class Claim:
     """One partition for as long as it is ours. A receipt is (claim, offset)."""
 
-    __slots__ = ("done", "is_stalled", "ledger", "partition", "session", "taken")
+    __slots__ = ("done", "end", "is_gone", "is_stalled", "ledger", "partition", "session", "taken")
 
     def __init__(self, what: str, partition: int, position: int, done: set[int]) -> None:
         self.partition = partition
@@ -75,7 +74,11 @@ class Claim:
         self.ledger = OffsetLedger(max(0, position), notes_ahead=True)
         self.done = done
         """Offsets that an earlier owner settled ahead of its position."""
+        self.end = max(0, position)
+        """Behind the last offset that was delivered."""
         self.is_stalled = False
+        self.is_gone = False
+        """The thread's own: core says `session.lost` while settlements of it are still on their way here."""
         self.taken: list[int] = []
         """Offsets of the batch at hand."""
 
@@ -137,6 +140,7 @@ class Member:
         self._stopped = False
         self._leaving = False
         self._dropped = False
+        self._is_noteless = False  # the broker takes no note of our size
         self._lost: MessagingError | None = None
         self._joined_s = 0.0
         self._joining_since_s = time.monotonic()
@@ -166,6 +170,8 @@ class Member:
                 self._begin()
                 while not (self._leaving or self._lost):
                     self._turn()
+                    if self._loop.is_closed():  # nobody closed the receiver, nobody listens
+                        self.drop()
             finally:
                 self._leave()
         except Exception as problem:
@@ -280,31 +286,46 @@ class Member:
     # --- records
 
     def _take(self, records: Sequence[Record]) -> None:
+        good = [record for record in records if record.error() is None or not self._is_error(record)]
+        if self._start is not None:
+            found = [_message(record) for record in good]
+        else:
+            found = self._claimed(good)
+            taken = [claim for claim in self._claims.values() if claim.taken]
+            for claim in taken:
+                self._note(claim)
+            if self._window is not None:
+                self._out += len(found)
+            elif not self._committed_before_hand_out(taken):
+                self.tell(self._receiver.lost_some, len(found))
+                return
+        if found:
+            self.tell(self._receiver.arrived, found)
+
+    def _claimed(self, records: Iterable[Record]) -> list[Message[Any]]:
+        """What of these is ours and not settled before."""
         found: list[Message[Any]] = []
         claims, settles = self._claims, self._window is not None
         for record in records:
-            if record.error() is not None and self._is_error(record):
-                continue
-            if self._start is not None:
-                found.append(_message(record))
-                continue
             claim = claims.get(cast(int, record.partition()))
             if claim is None:
                 continue
             offset = cast(int, record.offset())
+            if offset < claim.end:
+                claim = self._begun_anew(claim, offset)
+                if settles:  # what was taken just now went with the old claim
+                    found = [d for d in found if not cast("Delivery[Any]", d).session.lost]
+            claim.end = offset + 1
             claim.taken.append(offset)
             if not (claim.done and offset in claim.done):
                 found.append(_delivery(record, claim, offset) if settles else _message(record))
-        taken = [claim for claim in claims.values() if claim.taken]
-        for claim in taken:
-            self._note(claim)
-        if settles:
-            self._out += len(found)
-        elif self._start is None and not self._committed_before_hand_out(taken):
-            self.tell(self._receiver.lost_some, len(found))
-            return
-        if found:
-            self.tell(self._receiver.arrived, found)
+        return found
+
+    def _begun_anew(self, claim: Claim, offset: int) -> Claim:
+        """The log was cut off behind us, and the client reads it again from `offset`: other messages than before."""
+        self._partitions_lost(self._consumer, [TopicPartition(self._topic, claim.partition)])
+        made = self._claims[claim.partition] = Claim(self._what, claim.partition, offset, set())
+        return made
 
     def _note(self, claim: Claim) -> None:
         """In the ledger: these are out, but for those that an earlier owner settled ahead of its position."""
@@ -363,7 +384,7 @@ class Member:
             if disposition.kind != "accept":
                 answers.failed[index] = no_release(self._what)
                 continue
-            if claim.session.lost or not claim.ledger.settle(offset):
+            if claim.is_gone or not claim.ledger.settle(offset):
                 answers.failed[index] = _not_ours(self._what)
                 continue
             self._out -= 1
@@ -396,10 +417,16 @@ class Member:
         return found
 
     def _notes(self, due: Iterable[tuple[Claim, int]]) -> list[TopicPartition]:
-        return [
-            TopicPartition(self._topic, claim.partition, position, noted(position, claim.ledger.ahead()))
-            for claim, position in due
-        ]
+        return [TopicPartition(self._topic, c.partition, at, self._note_of(c, at)) for c, at in due]
+
+    def _note_of(self, claim: Claim, position: int) -> str:
+        """What is settled ahead, what an earlier owner settled and we have not come to included."""
+        if self._is_noteless:
+            return ""
+        ahead = claim.ledger.ahead()
+        if claim.done:
+            ahead = sorted({*ahead, *(offset for offset in claim.done if offset >= position)})
+        return noted(position, ahead)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         """Within a poll. The answer of a commit that was waited for may come here too: it is not the one under way."""
@@ -422,8 +449,12 @@ class Member:
                 continue
             if problem.code() in _LOST:
                 gone.append(claim)
-            else:
-                again = True
+                continue
+            again = True
+            self._is_noteless = self._is_noteless or problem.code() == KafkaError.OFFSET_METADATA_TOO_LARGE
+            if problem.code() in _UNHEALING and self._lost is None:
+                self._lost = refusal(problem, self._what)
+                self.tell(self._receiver.lose, self._lost)
         if gone:
             for waiting in answers:
                 waiting.fail(lambda: _not_ours(self._what), gone)
@@ -433,8 +464,8 @@ class Member:
         else:
             self._answer(answers)
 
-    def _commit_now(self) -> bool:
-        """Commit all that is settled and wait for it; was it recorded?"""
+    def _commit_now(self, ending: Sequence[Claim] | None = None) -> bool:
+        """Commit all that is settled and wait for it; was it recorded? If not, those of `ending` (all) are lost."""
         under_way, self._commit = self._commit, None
         for claim, _ in under_way[0] if under_way else ():
             claim.ledger.end_commit(stored=False)
@@ -446,7 +477,10 @@ class Member:
             claim.ledger.end_commit(stored=stored)
         if not stored:
             for waiting in answers:
-                waiting.fail(lambda: _unrecorded(self._what))
+                waiting.fail(lambda: _unrecorded(self._what), ending)
+            if ending is not None:
+                self._settled = answers  # the others' are still to be committed
+                return False
         self._answer(answers)
         return stored
 
@@ -461,8 +495,11 @@ class Member:
                 error = native_of(problem)
             if error is None:
                 return True
-            if error.code() in _LOST or time.monotonic() > end:
+            if error.code() in (*_LOST, *_UNHEALING) or time.monotonic() > end:
                 return False
+            if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
+                self._is_noteless = True
+                notes = [TopicPartition(p.topic, p.partition, p.offset) for p in notes]
             time.sleep(RETRY_COMMIT_S)
         return False
 
@@ -505,14 +542,14 @@ class Member:
             return
         if self._window is not None and not self._leaving:
             self._hand_over(claims, self._revoke_timeout_s)
-            self._commit_now()
+            self._commit_now(claims)
         self._forget(claims)
 
     def _partitions_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Others have these already."""
         claims = [self._claims[p.partition] for p in partitions if p.partition in self._claims]
         for claim in claims:
-            claim.session.lost = True
+            claim.session.lost = claim.is_gone = True
         if self._window is not None and not self._leaving:
             self._hand_over(claims, 0.0)
         self._forget(claims)
@@ -534,9 +571,11 @@ class Member:
         asked.cancel()
         self._obey()
 
-    def _forget(self, claims: Iterable[Claim]) -> None:
+    def _forget(self, claims: Sequence[Claim]) -> None:
+        for waiting in [*(self._commit[1] if self._commit else ()), *self._settled]:
+            waiting.fail(lambda: _not_ours(self._what), claims)
         for claim in claims:
-            claim.session.lost = True
+            claim.session.lost = claim.is_gone = True
             self._out -= claim.ledger.unsettled if self._window is not None else 0
             del self._claims[claim.partition]
             self._aside = [record for record in self._aside if record.partition() != claim.partition]

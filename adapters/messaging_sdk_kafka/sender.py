@@ -43,6 +43,10 @@ class Link:
 
     def __init__(self, config: Mapping[str, Any], loop: asyncio.AbstractEventLoop, what: str) -> None:
         self.lost: MessagingError | None = None
+        self.refused: MessagingError | None = None
+        """Why it was lost, if that will not heal by itself: a missing ACL."""
+        self.trouble = ""
+        """What the client said last, for errors that know no more than that there was no answer."""
         self.hop = Hop(loop)
         self._what = what
         self._ended = False
@@ -52,16 +56,28 @@ class Link:
 
     def _serve(self) -> None:
         producer = self.producer
-        while not self._ended:
-            producer.poll(_POLL_S)
-            if self.lost is not None:
-                producer.purge()
-        producer.purge()
-        producer.poll(0)
+        try:
+            while not self._ended:
+                self._poll(_POLL_S)
+                if self.lost is not None:
+                    producer.purge()
+            producer.purge()
+            self._poll(0)
+        finally:  # here, since it joins the client's threads; left to the collector, the loop might be who does
+            producer.close()
+
+    def _poll(self, wait_s: float) -> None:
+        try:
+            self.producer.poll(wait_s)
+        except KafkaException as error:  # a fatal error is raised here, not told to `_on_error`
+            self.lost = self.lost or loss(error, self._what)
+            refused = refusal(error, self._what)
+            self.refused = None if refused.transient else refused
 
     def _on_error(self, error: KafkaError) -> None:
-        """On the thread. A single broker that is down is the client's business, all of them or a broken state ours."""
-        if self.lost is None and (error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal()):
+        """On the thread. A single broker that is down is the client's business, all of them ours."""
+        self.trouble = error.str()
+        if self.lost is None and error.code() == KafkaError._ALL_BROKERS_DOWN:
             self.lost = loss(error, self._what)
 
     def tell(self, call: Callable[..., object], *args: Any) -> None:
@@ -146,7 +162,10 @@ class Sender(SenderContract):
                 created_ms = int(message.created_s * 1000)
                 produce(topic, body, raw_key, target, reports[index], None, created_ms, _headers(message))
             except (MessagingError, KafkaException, BufferError, UnicodeEncodeError) as error:
-                refused[index] = rejected(self._refusal(error, message))
+                if isinstance(error, KafkaException) and error.args[0].fatal():  # as the thread is about to see
+                    refused[index] = indeterminate(loss(error, self._what))
+                else:
+                    refused[index] = rejected(self._refusal(error, message))
         slot.taken = len(messages) - len(refused)
         if slot.reported == slot.taken:
             self.finish(slot)
@@ -173,7 +192,8 @@ class Sender(SenderContract):
     def _failure(self, error: KafkaError) -> SendResult:
         if error.code() == KafkaError._DESTROY and self.link.lost is not None:  # the client was, not the topic
             return indeterminate(loss(error, self._what))
-        return report(error, self._what)
+        trouble = self.link.trouble if error.code() == KafkaError._MSG_TIMED_OUT else ""
+        return report(error, self._what + (f" (the client said: {trouble})" if trouble else ""))
 
     async def close(self) -> None:
         self._closed = True

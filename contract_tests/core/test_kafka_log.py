@@ -25,12 +25,13 @@ JAVA_MURMUR2 = {  # org.apache.kafka.common.utils.UtilsTest.testMurmur2
     "lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8": -58897971,
     "abc": 479470107,
 }
+MOCK = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
 PARTITIONS = 4  # what librdkafka's mock cluster gives a topic
 
 
 def test_a_key_goes_where_the_java_client_sends_it() -> None:
     driver = Driver(Address("kafka", (("127.0.0.1", 9092),)), Driver.Options(), {})
-    config = {**producer_config(driver, confirmed=True), "test.mock.num.brokers": 1}
+    config = {**producer_config(driver, confirmed=True), **MOCK}
     found: dict[str, int] = {}
 
     async def body() -> None:

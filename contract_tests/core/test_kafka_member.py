@@ -27,9 +27,21 @@ from messaging_sdk.spi import ACCEPT, Outcomes
 from messaging_sdk_kafka import Driver
 from messaging_sdk_kafka.driver import producer_config
 from messaging_sdk_kafka.errors import TABLE, refusal, report
-from messaging_sdk_kafka.receiver import ASIDE, BUSY_POLL_S, Answers, Claim, Member, Receiver, id_of, meta_of
+from messaging_sdk_kafka.options import group_id
+from messaging_sdk_kafka.receiver import (
+    ASIDE,
+    BUSY_POLL_S,
+    Answers,
+    Claim,
+    Member,
+    Receiver,
+    ahead_of,
+    id_of,
+    meta_of,
+)
 from messaging_sdk_kafka.sender import Link, Sender
 
+MOCK = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
 HOST = (("127.0.0.1", 9092),)
 
 
@@ -176,6 +188,138 @@ def test_a_commit_of_a_member_that_is_merely_late_is_made_again(code: str, is_lo
     within(body)
 
 
+def noting(made: Member) -> list[Any]:
+    """What `made` tells the loop from now on, as (call, *arguments)."""
+    told: list[Any] = []
+    made.tell = lambda call, *args: told.append((call, *args))  # type: ignore[method-assign]
+    return told
+
+
+def settled(made: Member, claim: Claim, *offsets: int) -> None:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    made.settle(Answers([((claim, offset), ACCEPT) for offset in offsets], future))
+
+
+def records(*offsets: int) -> Any:
+    return [Record(offset) for offset in offsets]
+
+
+def test_a_settlement_under_way_while_core_gives_its_session_up_is_recorded() -> None:
+    """Core flushes, then says `lost`; the thread learns of both afterwards."""
+
+    def body() -> None:
+        made, _, claim = member(window=10)
+        made._take(records(0))
+        claim.session.lost = True
+        settled(made, claim, 0)
+        assert not made._settled[0].failed and claim.ledger.position == 1
+
+    within(body)
+
+
+def test_what_waits_for_a_commit_of_a_partition_that_was_lost_is_told_so() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        made._take(records(0, 1))
+        settled(made, claim, 0)
+        made._begin_commit()
+        settled(made, claim, 1)
+        under_way, waiting = made._commit, made._settled
+        assert under_way is not None
+        made._forget([claim])
+        assert [list(a.failed) for a in (*under_way[1], *waiting)] == [[0], [0]]
+        assert made._out == 0
+
+    within(body)
+
+
+def test_a_commit_keeps_the_note_of_an_earlier_owner_until_it_has_come_to_it() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        claim.done = {1, 2, 7}
+        made._take(records(0, 1))
+        assert ahead_of(0, made._note_of(claim, 0)) == {1, 2, 7}
+        settled(made, claim, 0)
+        assert ahead_of(2, made._note_of(claim, 2)) == {2, 7}
+
+    within(body)
+
+
+def test_a_log_that_was_cut_off_is_read_again_by_a_claim_of_its_own() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        told = noting(made)
+        made._hand_over = lambda claims, deadline_s: None  # type: ignore[method-assign]
+        made._take(records(5, 6, 2, 3))
+        ((_, found),) = told
+        assert [d.receipt[1] for d in found] == [2, 3]
+        assert claim.session.lost and made._claims[0] is found[0].receipt[0] is not claim
+        assert made._out == 2
+
+    within(body)
+
+
+def test_a_broker_that_takes_no_note_of_our_size_gets_none() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        made._take(records(0, 1))
+        settled(made, claim, 1)
+        made._begin_commit()
+        made._on_commit(KafkaError(KafkaError.OFFSET_METADATA_TOO_LARGE), [TopicPartition("t", 0, 0)])
+        assert made._note_of(claim, 0) == ""
+
+    within(body)
+
+
+def test_a_commit_that_will_never_be_allowed_ends_the_receiver() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        told = noting(made)
+        made._take(records(0))
+        settled(made, claim, 0)
+        made._begin_commit()
+        made._on_commit(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED), [TopicPartition("t", 0, 1)])
+        assert isinstance(made._lost, AuthError) and isinstance(told[-1][1], AuthError)
+        (waiting,) = made._settled
+        made._leave()
+        assert isinstance(waiting.failed[0], SettleLost)
+
+    within(body)
+
+
+def test_a_thread_whose_loop_is_closed_ends() -> None:
+    def open_one() -> Member:
+        made, _client, _claim = member()
+        made._begin = lambda: None  # type: ignore[method-assign]
+        made._turn = lambda: time.sleep(0.01)  # type: ignore[method-assign]
+        return made
+
+    async def main() -> Member:
+        return open_one()
+
+    made = asyncio.run(main())
+    made._config = {"group.id": "g", "bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+    made.thread.start()
+    made.thread.join(10)
+    assert not made.thread.is_alive()
+
+
+def test_a_fatal_error_of_the_client_ends_its_link_and_says_what_will_not_heal() -> None:
+    class Producer:
+        def poll(self, _wait_s: float) -> None:
+            raise KafkaException(KafkaError(KafkaError.CLUSTER_AUTHORIZATION_FAILED, fatal=True))
+
+    link: Any = Link.__new__(Link)
+    link.lost = link.refused = None
+    link._what, link.producer = "here", Producer()
+    link._poll(0)
+    assert isinstance(link.lost, ConnectionLost) and isinstance(link.refused, AuthError)
+
+
+def test_a_group_id_tells_topic_and_group_apart() -> None:
+    assert group_id("orders", "eu.billing") != group_id("orders.eu", "billing")
+
+
 def test_what_an_earlier_owner_settled_ahead_is_not_handed_out() -> None:
     def body() -> None:
         made, _, claim = member(window=10)
@@ -273,7 +417,7 @@ def test_what_cannot_be_connected_to_is_refused_when_it_is_configured(
 
 def test_a_bad_message_is_refused_alone_and_before_it_reaches_the_client() -> None:
     driver = Driver(Address("kafka", HOST), Driver.Options(), {})
-    config = {**producer_config(driver, confirmed=True), "test.mock.num.brokers": 1}
+    config = {**producer_config(driver, confirmed=True), **MOCK}
     messages = [
         Outgoing(b"x", "0"),
         Outgoing(b"x" * 1001, "1"),
