@@ -105,6 +105,15 @@ class StaleAckDeletes(Store):
         return accepted
 
 
+class MovedByANewcomer(Store):
+    def join(self, receiver: MemoryReceiver) -> None:
+        held = sorted(self.held, key=Entry.rank)
+        super().join(receiver)
+        for entry in held:
+            self.give_back(entry)
+        self.offer()
+
+
 class CountForgotten(Store):
     def leave(self, receiver: MemoryReceiver) -> None:
         for entry in self.held:
@@ -181,6 +190,8 @@ DOUBLES: Final = (
      "what SettleLost says is ours no more must come again", with_store(StaleAckDeletes), "lease"),
     Double("lost-settlement-hidden", "an ack that came too late looks like one that counted", ("ACK-06",),
      "SettleLost must be raised", with_receiver(LostSettlementHidden), "lease"),
+    Double("moved-by-a-newcomer", "a consumer that joins gets what a connected one holds", ("ACK-04", "ACK-05"),
+     "a newcomer joins while one is held, and must not get it", with_store(MovedByANewcomer)),
     Double("count-forgotten", "the delivery count starts anew when a consumer dies", ("RED-02", "RED-09"),
      "the count is read after deaths", with_store(CountForgotten)),
     Double("durable-nothing", "confirmed messages are gone after a restart", ("FLT-04", "FLT-05"),
