@@ -469,9 +469,10 @@ class Consumer(Settler):
     def hold(self, delivery: Delivery[Any], after_s: float) -> None:
         """Keep it unsettled and make it ready again after `after_s`; its lane stays taken.
 
-        What is being revoked is not kept: its next owner runs it, and a lane held here would never be left.
+        What is being revoked is not kept: its next owner runs it, and a lane held here would never be left. When it is
+        the consumer that ends, closing hands it back.
         """
-        if delivery.session.closing or delivery.session.lost:
+        if delivery.session.lost or (delivery.session.closing and not self.closing):
             self.hand_over(delivery)
             return
         self._running.discard(delivery)

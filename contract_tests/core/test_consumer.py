@@ -960,6 +960,29 @@ def test_a_revoked_key_runs_again_for_its_new_session() -> None:
     law(body)
 
 
+def test_a_handler_that_fails_while_its_consumer_stops_is_handed_back() -> None:
+    """An adapter may say `closing` for its own stop, too: the message is then released, not merely forgotten."""
+
+    async def body() -> None:
+        failing = asyncio.Event()
+
+        async def handle(message: Message[Any]) -> None:
+            await failing.wait()
+            raise RuntimeError("the gateway is down")
+
+        bench = Bench()
+        receiver = await bench.start(handle, concurrency=1)
+        receiver.give("m1")
+        await eventually(lambda: bool(bench.consumer._running))
+        receiver.session.closing = True
+        await bench.consumer.stop_intake()
+        failing.set()
+        await bench.stop()
+        assert receiver.settled == [("m1", "release")]
+
+    law(body)
+
+
 def test_a_handler_that_fails_while_its_session_is_revoked_leaves_its_key_free() -> None:
     """Its message is the next owner's; held here for a retry, it would keep the lane for ever."""
 
