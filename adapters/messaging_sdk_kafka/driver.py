@@ -161,9 +161,7 @@ class Driver(spi.Driver):
             member.order(member.drop)
         self._members = []
         self._troubles = []
-        clients = [admin]
-        del admin
-        await asyncio.to_thread(_end, [link.thread for link in links.values()], clients)
+        await asyncio.to_thread(_end, [link.thread for link in links.values()], admin)
 
     def server(self) -> str:
         return self._server
@@ -297,6 +295,8 @@ class Driver(spi.Driver):
             known = await asyncio.to_thread(link.producer.list_topics, topic, self._options.connect_timeout_s)
         except KafkaException as error:
             raise refusal(error, what) from error
+        except RuntimeError as error:  # the link was lost, and its client has ended
+            raise ConnectError(f"{what}: {error}") from error
         found = known.topics[topic]
         if found.error is not None:
             raise refusal(found.error, what)
@@ -481,8 +481,9 @@ def _bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _end(threads: Iterable[Any], clients: list[Any]) -> None:
+def _end(threads: Iterable[Any], admin: Any) -> None:
     """On a thread of its own: a client's end joins the client's threads."""
-    clients.clear()
+    if admin is not None:
+        admin.__exit__(None, None, None)  # it has no `close`
     for thread in threads:
         thread.join(1.0)

@@ -323,7 +323,9 @@ class Member:
 
     def _begun_anew(self, claim: Claim, offset: int) -> Claim:
         """The log was cut off behind us, and the client reads it again from `offset`: other messages than before."""
+        aside = self._aside  # behind this record, and so the new claim's
         self._partitions_lost(self._consumer, [TopicPartition(self._topic, claim.partition)])
+        self._aside = [] if self._stopped else aside
         made = self._claims[claim.partition] = Claim(self._what, claim.partition, offset, set())
         return made
 
@@ -458,8 +460,9 @@ class Member:
         if gone:
             for waiting in answers:
                 waiting.fail(lambda: _not_ours(self._what), gone)
-        if again:  # a rebalance, or a coordinator that moves: the same commit is accepted a moment later
+        if gone or again:
             self._next_commit_s = time.monotonic() + RETRY_COMMIT_S
+        if again:  # a rebalance, or a coordinator that moves: the same commit is accepted a moment later
             self._settled = [*answers, *self._settled]
         else:
             self._answer(answers)

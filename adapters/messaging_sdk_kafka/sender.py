@@ -17,7 +17,7 @@ from messaging_sdk.spi import OnOutcomes, Outcomes
 from messaging_sdk.spi import Sender as SenderContract
 from messaging_sdk.threads import Hop
 
-from .errors import loss, refusal, report
+from .errors import loss, native_of, refusal, report
 
 ID: Final = "messaging-id"
 CONTENT_TYPE: Final = "messaging-content-type"
@@ -162,7 +162,8 @@ class Sender(SenderContract):
                 created_ms = int(message.created_s * 1000)
                 produce(topic, body, raw_key, target, reports[index], None, created_ms, _headers(message))
             except (MessagingError, KafkaException, BufferError, UnicodeEncodeError) as error:
-                if isinstance(error, KafkaException) and error.args[0].fatal():  # as the thread is about to see
+                native = native_of(error)
+                if native is not None and native.code() == KafkaError._FATAL:  # as the thread is about to see
                     refused[index] = indeterminate(loss(error, self._what))
                 else:
                     refused[index] = rejected(self._refusal(error, message))

@@ -259,6 +259,31 @@ def test_a_log_that_was_cut_off_is_read_again_by_a_claim_of_its_own() -> None:
     within(body)
 
 
+def test_what_lies_aside_when_a_log_was_cut_off_belongs_to_the_new_claim() -> None:
+    def body() -> None:
+        made, _, claim = member(window=10)
+        claim.end = 500
+        made._hand_over = lambda claims, deadline_s: None  # type: ignore[method-assign]
+        made._aside = records(1, 2)
+        made._take(records(0))
+        assert [record.offset() for record in made._aside] == [1, 2]  # type: ignore[attr-defined]
+
+    within(body)
+
+
+def test_a_message_that_meets_a_fatal_error_of_the_client_is_sent_again() -> None:
+    class Producer:
+        def produce(self, *_args: object) -> None:
+            raise KafkaException(KafkaError(KafkaError._FATAL))
+
+    link: Any = Link.__new__(Link)
+    link.lost, link.producer = None, Producer()
+    told: list[Any] = []
+    Sender(link, "t", 1, "t", max_body=1000).send_batch([Outgoing(b"x", "0")], told.extend)
+    ((_, result),) = told
+    assert result.outcome is Outcome.INDETERMINATE and isinstance(result.error, ConnectionLost)
+
+
 def test_a_broker_that_takes_no_note_of_our_size_gets_none() -> None:
     def body() -> None:
         made, _, claim = member(window=10)
