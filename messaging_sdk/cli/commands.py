@@ -94,7 +94,9 @@ def _kit() -> Any:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def contract(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(help="a harness name: memory, rabbitmq, nats, or a third party's")],
+    adapter: Annotated[
+        str, typer.Argument(help="a harness name: memory, rabbitmq, sqs, kafka, nats, zeromq, or a third party's")
+    ],
     profile: Annotated[
         str | None, typer.Option(help="one profile of the harness; default: its first; or 'all'")
     ] = None,
