@@ -145,7 +145,7 @@ class Harness(harness.ContainerHarness):
         def count(admin: AdminClient) -> int:
             number = len(admin.list_topics(topic, timeout=_WAIT_S).topics[topic].partitions)
             depth = 0
-            for at, end in _committed(self._client(), group_id(topic, group), topic, number):
+            for at, end in _when_led(lambda: _committed(self._client(), group_id(topic, group), topic, number)):
                 depth += end - max(0, at.offset) - len(ahead_of(at.offset, at.metadata))
             return depth
 
@@ -241,6 +241,18 @@ def _committed(client: Mapping[str, Any], group: str, topic: str, number: int) -
         return [(at, end.offset) for at, end in zip(found, ends, strict=True)]
     finally:
         reader.close()
+
+
+def _when_led(work: Callable[[], T]) -> T:
+    """Do it, again while a broker that came back does not lead its partitions yet."""
+    end = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            return work()
+        except KafkaException:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
 
 
 def _answers(address: str) -> None:
