@@ -12,10 +12,10 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 
@@ -60,6 +60,21 @@ def _seconds_option(value: object) -> float:
 
 Seconds = Annotated[float, BeforeValidator(_seconds_option), Field(allow_inf_nan=False)]
 """For an adapter's Options: a number of seconds, or a duration such as "2m"."""
+
+
+class TlsFiles(BaseModel):
+    """For an adapter's Options: whom to trust, and how to prove who we are."""
+
+    ca_file: str | None = None
+    """PEM of the authorities to trust; the system's when absent."""
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    @model_validator(mode="after")
+    def _key_has_certificate(self) -> Self:
+        if self.key_file and not self.cert_file:
+            raise ValueError("key_file needs cert_file")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

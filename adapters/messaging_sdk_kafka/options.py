@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from messaging_sdk.capabilities import Capabilities, HeaderRules, Level
-from messaging_sdk.config import Seconds
+from messaging_sdk.config import Seconds, TlsFiles
 from messaging_sdk.destination import Destination
 from messaging_sdk.errors import InvalidDestination
 
@@ -22,7 +22,7 @@ MESSAGE_ROOM: Final = 16 << 10
 HEADERS: Final = HeaderRules(max_count=1000, max_bytes=8192)
 
 
-class Options(BaseModel):
+class Options(TlsFiles):
     """Keys of a `[backends.x]` table, or of the URL's query. User and password belong into the URL."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,19 +51,9 @@ class Options(BaseModel):
     """Messages that wait in a Signal listener; more are dropped, the oldest first, and counted."""
     tls: bool = False
     """TLS with a `kafka://` URL too."""
-    ca_file: str | None = None
-    """PEM of the authorities to trust; the system's when absent."""
-    cert_file: str | None = None
-    key_file: str | None = None
     check_host_name: bool = True
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
     """How the URL's user proves itself. PLAIN shows the password to whoever answers: use TLS with it."""
-
-    @model_validator(mode="after")
-    def _key_has_certificate(self) -> Options:
-        if self.key_file and not self.cert_file:
-            raise ValueError("key_file needs cert_file")
-        return self
 
 
 class DestinationOptions(BaseModel):

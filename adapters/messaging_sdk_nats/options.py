@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from messaging_sdk.config import Seconds
+from messaging_sdk.config import Seconds, TlsFiles
 
 
-class Options(BaseModel):
+class Options(TlsFiles):
     """One NATS server or cluster. User and password belong into the URL."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,20 +32,11 @@ class Options(BaseModel):
     """Ordered destinations only: most unsettled messages of a group; a new active member may buffer as many."""
     tls: bool = False
     """Ask for TLS with a `nats://` URL too; never falls back to plain text."""
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
     server_name: str | None = None
     """Name that the server's certificate must carry, if it is not the URL's host."""
     token: str | None = Field(None, repr=False)
     creds_file: str | None = None
     """A `.creds` file with JWT and nkey seed; needs nats-py[nkeys]."""
-
-    @model_validator(mode="after")
-    def _key_has_certificate(self) -> Options:
-        if self.key_file and not self.cert_file:
-            raise ValueError("key_file needs cert_file")
-        return self
 
 
 class DestinationOptions(BaseModel):

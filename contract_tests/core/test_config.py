@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from messaging_sdk import Bus, ConfigError, MessagingError, Queue, Settings
-from messaging_sdk.config import Address, Seconds, from_env, from_file, from_mapping, from_url, parse_address, seconds
+from messaging_sdk.config import (
+    Address,
+    Seconds,
+    TlsFiles,
+    from_env,
+    from_file,
+    from_mapping,
+    from_url,
+    parse_address,
+    seconds,
+)
 from messaging_sdk.registry import register
 
 SECRET = "S3CR3T"
@@ -326,6 +336,12 @@ def test_percent_encoded_credentials_come_out_as_they_went_in(
 def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
     with suppress(ConfigError):
         assert isinstance(parse_address(text), Address)
+
+
+def test_a_tls_key_without_its_certificate_is_refused() -> None:
+    with pytest.raises(ValidationError, match="key_file needs cert_file"):
+        TlsFiles(key_file="key.pem")
+    assert TlsFiles(key_file="key.pem", cert_file="cert.pem").key_file == "key.pem"
 
 
 @pytest.mark.parametrize(
