@@ -472,7 +472,7 @@ class Consumer(Settler):
         What is being revoked is not kept: its next owner runs it, and a lane held here would never be left. When it is
         the consumer that ends, closing hands it back.
         """
-        if delivery.session.lost or (delivery.session.closing and not self.closing):
+        if delivery.session.closing and not self.closing:
             self.hand_over(delivery)
             return
         self._running.discard(delivery)
