@@ -347,7 +347,7 @@ class Driver(spi.Driver):
             name = group_id(topic, group)
             if not destination.settles:
                 await self._in_group(name, partial(_start_at_now, topic, count))
-        receiver = Receiver(what, topic, limit=None if destination.settles else options.signal_buffer)
+        receiver = Receiver(what, limit=None if destination.settles else options.signal_buffer)
         member = Member(
             receiver,
             self._consumer_config(name, window),

@@ -453,7 +453,7 @@ class Member:
                 gone.append(claim)
                 continue
             again = True
-            self._is_noteless = self._is_noteless or problem.code() == KafkaError.OFFSET_METADATA_TOO_LARGE
+            self._learn_of(problem)
             if problem.code() in _UNHEALING and self._lost is None:
                 self._lost = refusal(problem, self._what)
                 self.tell(self._receiver.lose, self._lost)
@@ -467,6 +467,11 @@ class Member:
         else:
             self._answer(answers)
 
+    def _learn_of(self, error: KafkaError) -> None:
+        """What to do otherwise when a refused commit is made again."""
+        if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
+            self._is_noteless = True
+
     def _commit_now(self, ending: Sequence[Claim] | None = None) -> bool:
         """Commit all that is settled and wait for it; was it recorded? If not, those of `ending` (all) are lost."""
         under_way, self._commit = self._commit, None
@@ -475,7 +480,7 @@ class Member:
         due = self._due()
         answers = [*(under_way[1] if under_way else ()), *self._settled]
         self._settled = []
-        stored = not due or self._stored(self._notes(due))
+        stored = not due or self._stored(due)
         for claim, _ in due:
             claim.ledger.end_commit(stored=stored)
         if not stored:
@@ -487,12 +492,12 @@ class Member:
         self._answer(answers)
         return stored
 
-    def _stored(self, notes: list[TopicPartition]) -> bool:
+    def _stored(self, due: Sequence[tuple[Claim, int]]) -> bool:
         """Commit and wait; again while a rebalance or a coordinator that moves refuses it, at most `LEAVE_S`."""
         end = time.monotonic() + LEAVE_S
         while self._lost is None:
             try:
-                done = self._consumer.commit(offsets=notes, asynchronous=False) or ()
+                done = self._consumer.commit(offsets=self._notes(due), asynchronous=False) or ()
                 error = next((p.error for p in done if p.error is not None), None)
             except KafkaException as problem:
                 error = native_of(problem)
@@ -500,9 +505,7 @@ class Member:
                 return True
             if error.code() in (*_LOST, *_UNHEALING) or time.monotonic() > end:
                 return False
-            if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
-                self._is_noteless = True
-                notes = [TopicPartition(p.topic, p.partition, p.offset) for p in notes]
+            self._learn_of(error)
             time.sleep(RETRY_COMMIT_S)
         return False
 
@@ -588,7 +591,6 @@ class Member:
         now = time.monotonic()
         since = self._joined_s or ("group.protocol" in self._config and self._joining_since_s)
         if since and now - since > JOIN_S:
-            self._joined_s = self._joined_s or now
             self._ready()
 
     def _ready(self) -> None:
@@ -606,9 +608,8 @@ class Member:
 class Receiver(ReceiverContract):
     """Deliveries of one topic to one member of a group, or messages of a Signal. Runs on the loop."""
 
-    def __init__(self, what: str, topic: str, *, limit: int | None) -> None:
+    def __init__(self, what: str, *, limit: int | None) -> None:
         self._what = what
-        self._topic = topic
         self._settles = limit is None
         self._buffer: deque[Any] = deque(maxlen=limit)
         self._waiter: asyncio.Future[None] | None = None
@@ -735,11 +736,10 @@ def ahead_of(position: int, metadata: str | None) -> set[int]:
 
 
 def _delivery(record: Record, claim: Claim, offset: int) -> Delivery[Any]:
-    key = record.key()
     return Delivery(
         record.value() or b"",
         id_of(record),
-        None if key is None else key.decode("utf-8", "replace"),
+        _key(record),
         partial(meta_of, record),
         receipt=(claim, offset),
         session=claim.session,
@@ -748,9 +748,12 @@ def _delivery(record: Record, claim: Claim, offset: int) -> Delivery[Any]:
 
 
 def _message(record: Record) -> Message[Any]:
+    return Message(record.value() or b"", id_of(record), _key(record), partial(meta_of, record))
+
+
+def _key(record: Record) -> str | None:
     key = record.key()
-    text = None if key is None else key.decode("utf-8", "replace")
-    return Message(record.value() or b"", id_of(record), text, partial(meta_of, record))
+    return None if key is None else key.decode("utf-8", "replace")
 
 
 def meta_of(record: Record) -> Meta:

@@ -99,7 +99,7 @@ def member(window: int = 1) -> tuple[Member, Client, Claim]:
     async def ignore(sessions: object, deadline_s: float) -> None:
         """Nobody holds work here."""
 
-    receiver = Receiver("t", "t", limit=None)
+    receiver = Receiver("t", limit=None)
     made = Member(receiver, {}, "t", "t", window=window, start=None, on_revoke=ignore, revoke_timeout_s=0.1)
     receiver.member = made
     client, claim = Client(), Claim("t", 0, 0, set())
@@ -115,6 +115,22 @@ def within(body: Callable[[], object]) -> None:
         body()
 
     asyncio.run(main())
+
+
+def noting(made: Member) -> list[Any]:
+    """What `made` tells the loop from now on, as (call, *arguments)."""
+    told: list[Any] = []
+    made.tell = lambda call, *args: told.append((call, *args))  # type: ignore[method-assign]
+    return told
+
+
+def settled(made: Member, claim: Claim, *offsets: int) -> None:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    made.settle(Answers([((claim, offset), ACCEPT) for offset in offsets], future))
+
+
+def records(*offsets: int) -> Any:
+    return [Record(offset) for offset in offsets]
 
 
 def test_a_full_window_takes_one_record_aside_per_wait_while_a_commit_is_under_way() -> None:
@@ -149,10 +165,9 @@ def test_a_member_that_cannot_hand_out_pauses_and_wakes_the_client_up_when_it_re
 def test_a_settlement_makes_room_and_an_order_cuts_the_wait_short() -> None:
     def body() -> None:
         made, _, claim = member()
-        made._take([Record(0)])  # type: ignore[list-item]
+        made._take(records(0))
         assert made._room() == 0
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        made.order(lambda: made.settle(Answers([((claim, 0), ACCEPT)], future)))
+        made.order(lambda: settled(made, claim, 0))
         began = time.monotonic()
         made._serve()
         assert not made._aside and time.monotonic() - began < 0.01
@@ -166,11 +181,9 @@ def test_a_settlement_makes_room_and_an_order_cuts_the_wait_short() -> None:
 def test_a_commit_of_a_member_that_is_merely_late_is_made_again(code: str, is_lost: bool) -> None:
     def body() -> None:
         made, client, claim = member(window=10)
-        told: list[Any] = []
-        made.tell = lambda call, *args: told.append((call, *args))  # type: ignore[method-assign]
-        made._take([Record(0)])  # type: ignore[list-item]
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        made.settle(Answers([((claim, 0), ACCEPT)], future))
+        told = noting(made)
+        made._take(records(0))
+        settled(made, claim, 0)
         made._begin_commit()
         told.clear()
         made._on_commit(KafkaError(getattr(KafkaError, code)), [TopicPartition("t", 0, 1)])
@@ -186,22 +199,6 @@ def test_a_commit_of_a_member_that_is_merely_late_is_made_again(code: str, is_lo
         assert failed == [] and client.calls == ["commit", "commit"]
 
     within(body)
-
-
-def noting(made: Member) -> list[Any]:
-    """What `made` tells the loop from now on, as (call, *arguments)."""
-    told: list[Any] = []
-    made.tell = lambda call, *args: told.append((call, *args))  # type: ignore[method-assign]
-    return told
-
-
-def settled(made: Member, claim: Claim, *offsets: int) -> None:
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    made.settle(Answers([((claim, offset), ACCEPT) for offset in offsets], future))
-
-
-def records(*offsets: int) -> Any:
-    return [Record(offset) for offset in offsets]
 
 
 def test_a_settlement_under_way_while_core_gives_its_session_up_is_recorded() -> None:
@@ -349,10 +346,10 @@ def test_what_an_earlier_owner_settled_ahead_is_not_handed_out() -> None:
     def body() -> None:
         made, _, claim = member(window=10)
         claim.done = {1}
-        told: list[Any] = []
-        made.tell = lambda call, *args: told.extend(args[0])  # type: ignore[method-assign]
-        made._take([Record(n) for n in range(3)])  # type: ignore[list-item]
-        assert [d.receipt[1] for d in told] == [0, 2]
+        told = noting(made)
+        made._take(records(0, 1, 2))
+        ((_, found),) = told
+        assert [d.receipt[1] for d in found] == [0, 2]
         assert (made._out, claim.ledger.ahead()) == (2, [1])
 
     within(body)
