@@ -145,7 +145,7 @@ class Harness(harness.ContainerHarness):
         def count(admin: AdminClient) -> int:
             number = len(admin.list_topics(topic, timeout=_WAIT_S).topics[topic].partitions)
             depth = 0
-            for at, end in _when_led(lambda: _committed(self._client(), group_id(topic, group), topic, number)):
+            for at, end in _committed(self._client(), group_id(topic, group), topic, number):
                 depth += end - max(0, at.offset) - len(ahead_of(at.offset, at.metadata))
             return depth
 
@@ -218,12 +218,17 @@ class Harness(harness.ContainerHarness):
         }
 
     def _probe(self) -> None:
-        """One answer of the group coordinator: it loads its offsets after everything else."""
+        """One answer of the group coordinator, which loads its offsets late, and one of each partition's leader."""
         admin = self._admin = self._admin or AdminClient(self._client())
         admin.list_topics(timeout=1)
         reader = Consumer(self._client() | {"group.id": "messaging-sdk-ready"})
         try:
             reader.committed([TopicPartition("messaging-sdk-ready", 0)], timeout=_WAIT_S)
+            topics = admin.list_topics(timeout=1).topics
+            ends = [TopicPartition(name, n, OFFSET_END) for name, topic in topics.items() for n in topic.partitions]
+            for end in reader.offsets_for_times(ends, timeout=_WAIT_S) if ends else ():
+                if end.error is not None:
+                    raise KafkaException(end.error)
         finally:
             reader.close()
 
@@ -241,18 +246,6 @@ def _committed(client: Mapping[str, Any], group: str, topic: str, number: int) -
         return [(at, end.offset) for at, end in zip(found, ends, strict=True)]
     finally:
         reader.close()
-
-
-def _when_led(work: Callable[[], T]) -> T:
-    """Do it, again while a broker that came back does not lead its partitions yet."""
-    end = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            return work()
-        except KafkaException:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.1)
 
 
 def _answers(address: str) -> None:
