@@ -227,8 +227,7 @@ class Harness(harness.ContainerHarness):
             topics = admin.list_topics(timeout=1).topics
             ends = [TopicPartition(name, n, OFFSET_END) for name, topic in topics.items() for n in topic.partitions]
             for end in reader.offsets_for_times(ends, timeout=_WAIT_S) if ends else ():
-                if end.error is not None:
-                    raise KafkaException(end.error)
+                _whole(end)
         finally:
             reader.close()
 
@@ -238,14 +237,31 @@ class Harness(harness.ContainerHarness):
 
 
 def _committed(client: Mapping[str, Any], group: str, topic: str, number: int) -> list[tuple[TopicPartition, int]]:
-    """What the group has committed for each partition, and where that ends."""
+    """What the group has committed for each partition, and where that ends; asked again while one that was just made
+    has no leader yet."""
     reader = Consumer({**client, "group.id": group, "enable.auto.commit": False})
+    every = [TopicPartition(topic, n, OFFSET_END) for n in range(number)]
+    deadline = time.monotonic() + _WAIT_S
     try:
-        found = reader.committed([TopicPartition(topic, n) for n in range(number)], timeout=_WAIT_S)
-        ends = reader.offsets_for_times([TopicPartition(topic, n, OFFSET_END) for n in range(number)], timeout=_WAIT_S)
-        return [(at, end.offset) for at, end in zip(found, ends, strict=True)]
+        while True:
+            try:
+                found = reader.committed([TopicPartition(topic, n) for n in range(number)], timeout=_WAIT_S)
+                return [
+                    (at, _whole(end).offset)
+                    for at, end in zip(found, reader.offsets_for_times(every, timeout=_WAIT_S), strict=True)
+                ]
+            except KafkaException:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_STOPPED_S)
     finally:
         reader.close()
+
+
+def _whole(partition: TopicPartition) -> TopicPartition:
+    if partition.error is not None:
+        raise KafkaException(partition.error)
+    return partition
 
 
 def _answers(address: str) -> None:
