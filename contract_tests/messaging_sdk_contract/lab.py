@@ -326,6 +326,10 @@ class Lab:
             task = asyncio.create_task(drain(stream, destination, arrivals, by, settle=settle))
             try:
                 yield arrivals
+            except BaseException as error:
+                if task.done() and not task.cancelled() and task.exception() is not None:
+                    error.add_note(f"consumer {by!r} had ended before: {task.exception()!r}")
+                raise
             finally:
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
