@@ -44,6 +44,8 @@ LEAVE_S: Final = 5.0
 REACH_S: Final = 1.0
 """Longest wait for an answer of the broker that is of use, but not needed."""
 RETRY_COMMIT_S: Final = 0.05
+UNKNOWN_S: Final = 3.0
+"""How long a topic may be unknown to a broker until it is taken for deleted; the producer waits as long."""
 _VERSION: Final = "ahead1:"
 _LOST: Final = (
     KafkaError.UNKNOWN_MEMBER_ID,
@@ -54,10 +56,9 @@ _LOST: Final = (
 """Answers to a commit that say: these partitions are no longer ours. ILLEGAL_GENERATION and STALE_MEMBER_EPOCH do not:
 the commit met a rebalance, and may be made again when the member has heard of it. Else the client tells of the loss."""
 
+_UNKNOWN: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError._UNKNOWN_TOPIC)
 _UNHEALING: Final = (
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError.UNKNOWN_TOPIC_ID,
-    KafkaError._UNKNOWN_TOPIC,
+    *_UNKNOWN,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 )
@@ -176,6 +177,8 @@ class Member:
                 self._leave()
         except Exception as problem:
             error = refusal(problem, self._what) if native_of(problem) else problem
+            if self._joined_s and isinstance(error, MessagingError) and error.transient:
+                error = loss(problem, self._what)  # of a member that worked: core opens another
         self.tell(self._receiver.ended, error or self._lost or loss(None, self._what))
 
     def _begin(self) -> None:
@@ -288,7 +291,7 @@ class Member:
     def _take(self, records: Sequence[Record]) -> None:
         good = [record for record in records if record.error() is None or not self._is_error(record)]
         if self._start is not None:
-            found = [_message(record) for record in good]
+            found = [message_of(record) for record in good]
         else:
             found = self._claimed(good)
             taken = [claim for claim in self._claims.values() if claim.taken]
@@ -318,7 +321,7 @@ class Member:
             claim.end = offset + 1
             claim.taken.append(offset)
             if not (claim.done and offset in claim.done):
-                found.append(_delivery(record, claim, offset) if settles else _message(record))
+                found.append(_delivery(record, claim, offset) if settles else message_of(record))
         return found
 
     def _begun_anew(self, claim: Claim, offset: int) -> Claim:
@@ -354,12 +357,23 @@ class Member:
         if code == KafkaError._FATAL and not self._joined_s and "group.protocol" in self._config:
             raise no_protocol(self._what)
         if code in _UNHEALING:
-            raise refusal(error, self._what)
-        if error.fatal() or code in (KafkaError._FATAL, KafkaError._MAX_POLL_EXCEEDED):
-            self._lose(error)
-        elif not error.retriable() and code not in TABLE:
-            raise refusal(error, self._what)
+            if self._is_for_good(code):
+                raise refusal(error, self._what)
+        elif error.fatal() or code == KafkaError._MAX_POLL_EXCEEDED or code not in TABLE:
+            self._lose(error)  # what is not known to heal in this client may do so in the next
         return True
+
+    def _is_for_good(self, code: int) -> bool:
+        """Is one of `_UNHEALING` so? A broker that has just come up may not know all topics yet."""
+        if code not in _UNKNOWN:
+            return True
+        end = time.monotonic() + UNKNOWN_S
+        while not self._leaving and time.monotonic() < end:
+            with suppress(KafkaException):
+                if self._consumer.list_topics(self._topic, REACH_S).topics[self._topic].error is None:
+                    return False
+            time.sleep(RETRY_COMMIT_S)
+        return not self._leaving
 
     def _on_error(self, error: KafkaError) -> None:
         """Within a poll. One broker that is down is the client's business, all of them ours."""
@@ -454,7 +468,7 @@ class Member:
                 continue
             again = True
             self._learn_of(problem)
-            if problem.code() in _UNHEALING and self._lost is None:
+            if self._lost is None and problem.code() in _UNHEALING and self._is_for_good(problem.code()):
                 self._lost = refusal(problem, self._what)
                 self.tell(self._receiver.lose, self._lost)
         if gone:
@@ -747,7 +761,7 @@ def _delivery(record: Record, claim: Claim, offset: int) -> Delivery[Any]:
     )
 
 
-def _message(record: Record) -> Message[Any]:
+def message_of(record: Record) -> Message[Any]:
     return Message(record.value() or b"", id_of(record), _key(record), partial(meta_of, record))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from messaging_sdk import (
     AuthError,
     ConfigError,
+    ConnectError,
     ConnectionLost,
     InvalidMessage,
     NotFound,
@@ -307,6 +309,76 @@ def test_a_commit_that_will_never_be_allowed_ends_the_receiver() -> None:
         assert isinstance(waiting.failed[0], SettleLost)
 
     within(body)
+
+
+class Failed(Record):
+    """An error in place of a record."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(0)
+        self._code = code
+
+    def error(self) -> KafkaError:  # type: ignore[override]
+        return KafkaError(self._code)
+
+
+@pytest.mark.parametrize(("joined_s", "kind"), [(1.0, ConnectionLost), (0.0, ConnectError)])
+def test_an_error_that_nobody_knows_costs_the_connection_and_not_the_consumer(
+    joined_s: float, kind: type[Exception]
+) -> None:
+    def body() -> None:
+        made, _, _ = member()
+        told = noting(made)
+        made._joined_s = joined_s
+        made._take([Failed(KafkaError.KAFKA_STORAGE_ERROR)])  # type: ignore[list-item]
+        ((_, error),) = told
+        assert type(error) is kind and error.transient
+
+    within(body)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_topic_is_deleted_when_it_stays_unknown(comes_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that has just come up may not know it yet."""
+    monkeypatch.setattr("messaging_sdk_kafka.receiver.UNKNOWN_S", 0.2)
+
+    def body() -> None:
+        made, client, _ = member()
+        answers = [KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART), None if comes_back else KafkaError(3)]
+
+        def list_topics(topic: str, _wait_s: float) -> Any:
+            error = answers.pop(0) if len(answers) > 1 else answers[0]
+            return SimpleNamespace(topics={topic: SimpleNamespace(error=error)})
+
+        client.list_topics = list_topics  # type: ignore[attr-defined]
+        made._joined_s = 1.0
+        if comes_back:
+            made._take([Failed(KafkaError.UNKNOWN_TOPIC_OR_PART)])  # type: ignore[list-item]
+            assert made._lost is None
+        else:
+            with pytest.raises(NotFound):
+                made._take([Failed(KafkaError.UNKNOWN_TOPIC_OR_PART)])  # type: ignore[list-item]
+
+    within(body)
+
+
+def test_what_the_client_raises_in_a_member_that_worked_is_a_lost_connection() -> None:
+    async def main() -> None:
+        made, _, _ = member()
+        made._config = {"group.id": "g", "bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+
+        def fail() -> None:
+            made._joined_s = 1.0
+            raise KafkaException(KafkaError(KafkaError._STATE))
+
+        made._begin = lambda: None  # type: ignore[method-assign]
+        made._turn = fail  # type: ignore[method-assign]
+        made.thread.start()
+        async with asyncio.timeout(10):
+            with pytest.raises(ConnectionLost):
+                await made._receiver.receive_batch(1)
+
+    asyncio.run(main())
 
 
 def test_a_thread_whose_loop_is_closed_ends() -> None:
