@@ -31,6 +31,7 @@ from .errors import (
     MessagingError,
     NotFound,
     Outcome,
+    OutOfRange,
     Reject,
     RetryLater,
     SettleLost,
@@ -42,6 +43,7 @@ from .handlers import Handlers
 from .model import Delivery, Message, Sent
 from .pipeline import Middleware
 from .publisher import Failed, Publisher
+from .replay import Replay
 from .retry import Retry
 from .stream import Stream
 
@@ -76,11 +78,13 @@ __all__ = [
     "Middleware",
     "Needs",
     "NotFound",
+    "OutOfRange",
     "Outcome",
     "Promise",
     "Publisher",
     "Queue",
     "Reject",
+    "Replay",
     "Retry",
     "RetryLater",
     "Sent",

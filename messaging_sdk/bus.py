@@ -36,8 +36,9 @@ from .model import RESERVED_PREFIX, Delivery, Message, Outgoing, Sent, Session
 from .pipeline import Middleware, around, outward
 from .publisher import Outlet, Publisher, header_problem, new_id_prefix
 from .registry import check_blocks, make_driver
+from .replay import Replay, parsed_since
 from .retry import Retry
-from .spi import Driver, Receiver, Sender
+from .spi import Driver, Reader, Receiver, Sender
 from .stream import Stream
 
 T = TypeVar("T")
@@ -429,6 +430,27 @@ class Bus(Handlers):
             await self._stop_consumers([consumer], 2.0)
 
         return Stream(partial(self._start_consumer, registration), stop)
+
+    def replay(self, topic: Topic[T], *, since: datetime | str = "start") -> Replay[T]:
+        """Read what `topic` stores again: `async with bus.replay(topic) as history: async for message in history: ...`.
+
+        `since` is "start", an aware datetime (by the backend's times), or the `position` of another replay of this
+        topic on the same backend. It ends at what was stored when it was entered; nothing is settled, and groups do
+        not notice. How far back it reaches is the backend's retention. Raises UsageError for a wrong `since`; when
+        entered CapabilityError where the backend keeps no history, OutOfRange for a position whose next message is
+        gone, ConnectError and AuthError.
+        """
+        if not isinstance(topic, Topic):
+            raise UsageError(f"replay: only a Topic has a history, not {topic!r}")
+        driver, _ = self._driver_of(topic)
+        place = f"{driver.name} {topic.name}"
+
+        async def open_reader(since: float | str | None) -> Reader:
+            await self._ready(topic)
+            self._check_needs([(topic, {"replay": True})])
+            return await self._within(driver.open_reader(topic, since), OPEN_S, f"open a reader of {topic}")
+
+        return Replay(topic, place, open_reader, parsed_since(topic, place, since))
 
     async def _start_consumer(self, registration: Registration) -> Consumer:
         destination, group = registration.destination, registration.group

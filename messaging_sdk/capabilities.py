@@ -83,6 +83,8 @@ class Capabilities:
     round_robin: they share the messages; demand: they share, and a frozen one holds no more than its window."""
     groups: Groups = "none"
     """durable: a declared group gets what was published while it was away; live: only while connected."""
+    replay: bool = False
+    """What a Topic stores can be read again, from its beginning, a time or a position, whatever its groups settled."""
     confirm: Confirm = "none"
     """What a send's OK proves: stored as `ok_means` says, received by the broker, or nothing. settled: every consumer
     that gets a copy has settled it; until then the message lives in its sender, and dies with it unconfirmed."""

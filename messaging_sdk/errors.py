@@ -12,6 +12,7 @@
     │   └── AuthError          the broker answered and refused the credentials or the permission
     ├── ConnectionLost         a connection that worked is gone; core reopens it
     ├── NotFound               the destination does not exist on the broker, or nothing is bound to it
+    ├── OutOfRange             a replay was to begin, or go on, where the backend keeps nothing any more
     ├── Backpressure           the broker or a local window refuses more for now
     ├── DeadlineExceeded       a call did not end within its deadline
     ├── SettleLost             the delivery is no longer ours: its lease, session or connection is gone
@@ -97,6 +98,10 @@ class ConnectionLost(MessagingError):
 
 class NotFound(MessagingError):
     """No such destination on the broker, or a message that no queue would take."""
+
+
+class OutOfRange(MessagingError):
+    """The next message of a replay has been deleted by the backend's retention. Nothing was skipped in silence."""
 
 
 class Backpressure(MessagingError):

@@ -32,9 +32,11 @@ from .errors import (
     SettleLost,
     TooLarge,
     Unmet,
+    UsageError,
 )
-from .model import SENT, Delivery, Message, Meta, Outgoing, SendResult, Session, indeterminate, rejected
-from .spi import Disposition, OnOutcomes, OnRevoke, Provision, Receiver, Sender
+from .memory_history import HISTORY, History, MemoryReader, meta_of
+from .model import SENT, Delivery, Message, Outgoing, SendResult, Session, indeterminate, rejected
+from .spi import Disposition, OnOutcomes, OnRevoke, Provision, Reader, Receiver, Sender
 from .spi import Driver as AbstractDriver
 
 HEADERS: Final = HeaderRules(max_count=1000, max_bytes=1 << 20)
@@ -87,6 +89,7 @@ class Switches(BaseModel):
     order_competition: bool | None = None
     compete: c.Compete | None = None
     groups: c.Groups | None = None
+    replay: bool | None = None
     confirm: c.Confirm | None = None
     route_error: bool | None = None
     durable: c.Durable | None = None
@@ -306,11 +309,13 @@ class Broker:
     """What all drivers of one name share."""
 
     store_class: ClassVar[type[Store]] = Store
+    history_class: ClassVar[type[History]] = History
 
     def __init__(self) -> None:
         self.stores: dict[tuple[str, str | None], Store] = {}
         self.topics: dict[str, list[str]] = {}
         self.listeners: dict[str, list[MemoryReceiver]] = {}
+        self.histories: dict[str, History] = {}
         self.seen: dict[tuple[str, str], float] = {}
         self.connections: list[Driver] = []
         self.turns = itertools.count()
@@ -320,6 +325,8 @@ class Broker:
             self.stores.setdefault((destination.name, None), self.store_class(caps, destination.ordered))
         elif destination.tag == "topic":
             self.topics.setdefault(f"topic {destination.name}", [])
+            if caps.replay:
+                self.histories.setdefault(destination.name, self.history_class())
             for group in destination.groups if caps.groups == "durable" else ():
                 self.open_group(destination, group, caps)
 
@@ -345,10 +352,17 @@ class Broker:
     def route(self, destination: Destination[Any], message: Outgoing) -> None:
         """Store one accepted message everywhere it belongs."""
         if destination.settles:
+            self.remember(destination, message)
             for store in self.targets(destination):
                 self.store(store, message)
         else:
             self.signal(destination, message)
+
+    def remember(self, destination: Destination[Any], message: Outgoing) -> None:
+        """In the topic's history."""
+        history = self.histories.get(destination.name)
+        if history is not None and destination.tag == "topic":
+            history.append(message)
 
     def targets(self, destination: Destination[Any]) -> list[Store]:
         """Each store that gets a copy."""
@@ -388,6 +402,8 @@ class Broker:
     def restart(self, kill: bool = False) -> None:
         """As a broker's restart: connections drop; what the queues keep is what `durable` says."""
         self.cut()
+        for history in self.histories.values():
+            history.forget(HISTORY)
         for store in self.stores.values():
             store.restart(store.caps.durable == "kill" or (store.caps.durable == "restart" and not kill))
 
@@ -484,6 +500,7 @@ class MemorySender(Sender):
             for store, first in firsts:
                 store.watched[first] = partial(_both, store.watched[first], settled)
         else:
+            self.broker.remember(self.destination, message)
             for store in stores:
                 store.watched[message] = settled
                 store.put(message)
@@ -541,7 +558,7 @@ class MemoryReceiver(Receiver):
     def poll(self, count: int) -> list[Delivery[Any]] | list[Message[Any]]:
         if self.store is None:
             taken = [self.overheard.popleft() for _ in range(min(count, len(self.overheard)))]
-            return [Message(m.body, m.id, m.key, _meta(m)) for m in taken]
+            return [Message(m.body, m.id, m.key, meta_of(m)) for m in taken]
         room = min(count, self.limit - len(self.open))
         if self.stopped or room <= 0:
             return []
@@ -556,7 +573,7 @@ class MemoryReceiver(Receiver):
     def delivery(self, message: Outgoing, entry: Entry) -> Delivery[Any]:
         count = self.caps.count
         return Delivery(
-            message.body, message.id, message.key, _meta(message), receipt=entry, session=self.session,
+            message.body, message.id, message.key, meta_of(message), receipt=entry, session=self.session,
             deliveries=entry.deliveries if count == "exact" else None,
             redelivered=entry.deliveries > 1 if count != "none" else None,
         )  # fmt: skip
@@ -647,10 +664,6 @@ class MemoryReceiver(Receiver):
         self.notify()
 
 
-def _meta(message: Outgoing) -> Meta:
-    return Meta(message.headers, message.content_type, message.correlation_id, message.created_s or None)
-
-
 class LeasedReceiver(MemoryReceiver):
     """With lease=timeout."""
 
@@ -670,6 +683,7 @@ class Driver(AbstractDriver):
     sender_class: ClassVar[type[MemorySender]] = MemorySender
     receiver_class: ClassVar[type[MemoryReceiver]] = MemoryReceiver
     leased_receiver_class: ClassVar[type[MemoryReceiver]] = LeasedReceiver
+    reader_class: ClassVar[type[MemoryReader]] = MemoryReader
     options: Switches
 
     def __init__(self, address: Address, options: BaseModel, destinations: Mapping[str, BaseModel]) -> None:
@@ -679,6 +693,7 @@ class Driver(AbstractDriver):
         self.broker = broker(address.host, self.broker_class)
         self.senders: list[MemorySender] = []
         self.receivers: list[MemoryReceiver] = []
+        self.readers: list[MemoryReader] = []
         self.profile = _profile(self.options.profile) if self.options.profile else None
 
     def capabilities(self, destination: Destination[Any]) -> Capabilities:
@@ -694,6 +709,7 @@ class Driver(AbstractDriver):
                 order_redelivery=destination.ordered,
                 order_competition=destination.ordered,
                 groups="durable" if destination.tag == "topic" else "none",
+                replay=destination.tag == "topic",
             )
         switched = {f: v for f, v in self.options.model_dump(exclude={"profile"}).items() if v is not None}
         if "headers" in switched:
@@ -702,6 +718,7 @@ class Driver(AbstractDriver):
             switched = {f: v for f, v in switched.items() if f in SIGNAL_SWITCHES}
         if destination.tag == "queue":
             switched.pop("groups", None)
+            switched.pop("replay", None)
         if not destination.ordered:
             switched.pop("order_redelivery", None)
             switched.pop("order_competition", None)
@@ -750,6 +767,21 @@ class Driver(AbstractDriver):
         self.receivers.append(receiver)
         return receiver
 
+    async def open_reader(self, destination: Destination[Any], since: float | str | None) -> Reader:
+        history = self.broker.histories.get(destination.name)
+        if destination.tag != "topic" or history is None:
+            return await super().open_reader(destination, since)
+        await self.open()
+        if isinstance(since, str):
+            if not since.isdecimal() or int(since) > history.end:
+                raise UsageError(f"{destination}: {since!r} is no position")
+            start = int(since)
+        else:
+            start = history.first if since is None else history.number_at(since)
+        reader = self.reader_class(history, start)
+        self.readers.append(reader)
+        return reader
+
     def leave(self, receiver: MemoryReceiver) -> None:
         """A receiver's connection is gone."""
         if receiver in self.receivers:
@@ -771,6 +803,9 @@ class Driver(AbstractDriver):
         self.senders.clear()
         for receiver in list(self.receivers):
             receiver.lose()
+        for reader in self.readers:
+            reader.lost = True
+        self.readers.clear()
 
     def later(self, delay_s: float, call: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(delay_s, call)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from .capabilities import Capabilities
 from .config import Address
 from .destination import Destination
-from .errors import MessagingError
+from .errors import CapabilityError, MessagingError, Unmet
 from .model import SENT, Delivery, Message, Outgoing, SendResult, Session
 
 Provision = Literal["create", "verify", "none"]
@@ -124,6 +124,16 @@ class Driver(ABC):
         adapter on the opener's loop before it gives up `sessions`; deadline 0 = already lost.
         """
 
+    async def open_reader(self, destination: Destination[Any], since: float | str | None) -> Reader:
+        """A reader of what Topic `destination` stores now, where `Capabilities.replay` says so; core asks nowhere else.
+
+        It begins at `since`: None = the oldest message, a number = the first one that was stored at that time (seconds
+        since the epoch, by the backend's times) or later, a text = a `Reader.position` of the same destination. Raises
+        OutOfRange for a position whose next message is no longer stored, UsageError for one that is none, NotFound.
+        """
+        remedy = "a backend that keeps what its groups have settled"
+        raise CapabilityError([Unmet(destination.name, "replay", self.name, remedy)])
+
     @abstractmethod
     async def close(self) -> None:
         """Close all connections. Idempotent, never raises for a broken one; ends promptly when cancelled."""
@@ -200,6 +210,27 @@ class Receiver(ABC):
     async def close(self) -> None:
         """Flush settlements, leave. Unsettled deliveries come back as `Capabilities.lease` says. Idempotent, never
         raises; when cancelled drops the connection."""
+
+
+class Reader(ABC):
+    """Reads a Topic's history up to what was stored when it was opened. It is in no group and settles nothing."""
+
+    @abstractmethod
+    async def read(self) -> Message[Any] | None:
+        """The next message; None at the end, and from then on. Those of one sequence (a key, where ordered) come in the
+        order in which they were stored. Cancelling loses nothing.
+
+        Raises OutOfRange when retention has deleted the next message, ConnectionLost, NotFound.
+        """
+
+    @abstractmethod
+    def position(self) -> str:
+        """Where a new reader goes on: all that `read` has returned is before it, everything else behind it.
+        ASCII without blanks."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Idempotent, never raises."""
 
 
 @runtime_checkable

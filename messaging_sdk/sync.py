@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar, overload
 
@@ -26,6 +27,7 @@ from .model import Delivery as AsyncDelivery
 from .model import Message, Outgoing, Sent
 from .pipeline import Middleware
 from .publisher import Failed, Outlet
+from .replay import Replay as AsyncReplay
 from .stream import Stream as AsyncStream
 from .threads import LoopThread
 
@@ -179,6 +181,10 @@ class Bus(Handlers):
             max_deliveries=max_deliveries,
         )
         return Stream(self, stream)
+
+    def replay(self, topic: Topic[T], *, since: datetime | str = "start") -> Replay[T]:
+        """See messaging_sdk.Bus.replay: `with bus.replay(topic) as history: for message in history: ...`."""
+        return Replay(self, self._bus.replay(topic, since=since))
 
     def capabilities(self, destination: Destination[Any]) -> Capabilities:
         """See messaging_sdk.Bus.capabilities."""
@@ -438,3 +444,41 @@ class Stream(Generic[M]):
     def _wrapped(self, message: Any) -> M:
         wrapped: Any = Delivery(self._bus, message) if isinstance(message, AsyncDelivery) else message
         return wrapped  # type: ignore[no-any-return]  # M is Delivery[T] or Message[T] by the overloads of consume
+
+
+class Replay(Generic[T]):
+    """See messaging_sdk.Replay."""
+
+    def __init__(self, bus: Bus, replay: AsyncReplay[T]) -> None:
+        self._bus = bus
+        self._replay = replay
+
+    def __enter__(self) -> Replay[T]:
+        self._bus._call(self._replay.__aenter__(), self._bus._bus.timeout_s * 4)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bus._call(self._replay.__aexit__(None, None, None), 10.0)
+
+    def __iter__(self) -> Replay[T]:
+        return self
+
+    def __next__(self) -> Message[T]:
+        """See messaging_sdk.Replay.__anext__."""
+        message = self._bus._call(self._next(), None)
+        if message is None:
+            raise StopIteration
+        return message
+
+    async def _next(self) -> Message[T] | None:
+        return await anext(self._replay, None)
+
+    @property
+    def position(self) -> str:
+        """See messaging_sdk.Replay.position."""
+        return self._replay.position

@@ -166,6 +166,16 @@ class Harness(harness.ContainerHarness):
         if topics:
             await self._native(delete)
 
+    async def forget(self, destination: Destination[Any]) -> bool:
+        topic = topic_name(destination, None)
+
+        def delete(admin: AdminClient) -> bool:
+            number = len(admin.list_topics(topic, timeout=_WAIT_S).topics[topic].partitions)
+            every = [TopicPartition(topic, n, OFFSET_END) for n in range(number)]
+            return all(deleted.result(_WAIT_S) for deleted in admin.delete_records(every).values())
+
+        return await self._native(delete)
+
     def refusals(self) -> Sequence[Refusal]:
         with socket.create_server(("127.0.0.1", 0)) as unused:
             closed = unused.getsockname()[1]

@@ -24,6 +24,7 @@ from messaging_sdk.errors import ConfigError, ConnectError, NotFound
 from . import options as kafka
 from .errors import native_of, no_protocol, refusal
 from .options import MESSAGE_ROOM, Options, group_id, promises, topic_name
+from .reader import HistoryReader
 from .receiver import Member, Receiver
 from .sender import Link, Sender
 
@@ -361,6 +362,19 @@ class Driver(spi.Driver):
         self._members = [m for m in self._members if m.thread.is_alive()] + [member]
         await receiver.open(member, options.connect_timeout_s)
         return receiver
+
+    async def open_reader(self, destination: Destination[Any], since: float | str | None) -> spi.Reader:
+        if destination.tag != "topic":
+            return await super().open_reader(destination, since)
+        topic, count = await self._topic(destination)
+        what = f"a replay of {destination} on {self.address}"
+        reader = HistoryReader(self.config(), topic, what)
+        try:
+            await self._when_fresh(lambda: reader.start(count, since), what)
+        except BaseException:
+            await reader.close()
+            raise
+        return reader
 
     def _consumer_config(self, group: str, window: int) -> dict[str, Any]:
         options = self._options

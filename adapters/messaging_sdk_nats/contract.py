@@ -142,6 +142,10 @@ class Harness(harness.ContainerHarness):
                     with suppress(NotFoundError):
                         await client.jetstream().delete_stream(_stream(destination))
 
+    async def forget(self, destination: Destination[Any]) -> bool:
+        async with _client(self._url) as client:
+            return bool(await client.jetstream().purge_stream(_stream(destination)))
+
     def refusals(self) -> Sequence[Refusal]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             closed = free.getsockname()[1]

@@ -28,6 +28,7 @@ from messaging_sdk.errors import (
 
 from . import errors
 from . import options as nats
+from .reader import HistoryReader
 from .receiver import SignalReceiver, StreamReceiver
 from .sender import SignalSender, StreamSender
 
@@ -114,6 +115,7 @@ class Driver(spi.Driver):
             order_competition=ordered,
             compete="standby" if ordered else "demand",
             groups="durable" if destination.tag == "topic" else "none",
+            replay=self._keeps_history(destination),
             confirm="stored",
             route_error=True,
             durable="kill" if self._options.storage == "file" else "none",
@@ -176,6 +178,16 @@ class Driver(spi.Driver):
         receiver = StreamReceiver(link, f"{stream}.{durable}", window, config["ack_wait"] / 1e9, on_revoke)
         await receiver.start(GROUP if destination.ordered else None)
         return receiver
+
+    async def open_reader(self, destination: Destination[Any], since: float | str | None) -> spi.Reader:
+        if not self._keeps_history(destination):
+            return await super().open_reader(destination, since)
+        reader = HistoryReader(await self._connected(), self._stream(destination))
+        await reader.start(since)
+        return reader
+
+    def _keeps_history(self, destination: Destination[Any]) -> bool:
+        return destination.tag == "topic" and self._block(destination).retention == "limits"
 
     async def close(self) -> None:
         attempt, link = self._attempt, self._link

@@ -135,7 +135,7 @@ class StreamReceiver(spi.Receiver):
             if stop + 2 > size:
                 break
             header = buffer[start:body]
-            key = key.decode() if key is not None else _key(header)
+            key = key.decode() if key is not None else key_of(header)
             again = 1 if count == b"1" else int(count)
             arrive(reply, again, int(seq), id.decode(), key, header, buffer[body:stop], until_s)
             at = stop + 2
@@ -152,7 +152,7 @@ class StreamReceiver(spi.Receiver):
                 body,
                 id,
                 key,
-                partial(_meta, header),
+                partial(meta_of, header),
                 receipt=Receipt(reply, seq, until_s),
                 session=self._session,
                 deliveries=count,
@@ -168,12 +168,10 @@ class StreamReceiver(spi.Receiver):
             if not reply.startswith(b"$JS.ACK."):
                 self._on_status(subject, header)
                 continue
-            words = reply.split(b".")
-            at = 4 if len(words) == 9 else 6  # newer replies carry domain and account first
-            count, seq = int(words[at]), int(words[at + 1])
+            count, seq, _ = numbers_of(reply)
             again = again or count > 1
-            id = _value(header, b"\r\nNats-Msg-Id:") or f"foreign-{self._stream}-{seq}"
-            self._arrive(reply, count, seq, id, _key(header), header, body, until_s)
+            id = id_of(header, self._stream, seq)
+            self._arrive(reply, count, seq, id, key_of(header), header, body, until_s)
             if self._group is not None:
                 self._see_pin(header)
         if again and self._group is not None and not self._stopped:
@@ -523,9 +521,9 @@ class SignalReceiver(spi.Receiver):
         self._seen += 1
         return Message(
             body,
-            _value(header, b"\r\nNats-Msg-Id:") or f"foreign-{self._subject}-{self._seen}",
-            _key(header),
-            partial(_meta, header),
+            id_of(header, self._subject, self._seen),
+            key_of(header),
+            partial(meta_of, header),
         )
 
     def _on_frames(self, frames: list[Frame]) -> None:
@@ -577,12 +575,24 @@ def _value(header: bytes, name: bytes) -> str | None:
     return value.decode("utf-8", "replace")
 
 
-def _key(header: bytes) -> str | None:
+def numbers_of(reply: bytes) -> tuple[int, int, int]:
+    """How often it was delivered, its stream sequence, how many are behind it: of a JetStream reply subject."""
+    words = reply.split(b".")
+    at = 4 if len(words) == 9 else 6  # newer replies carry domain and account first
+    return int(words[at]), int(words[at + 1]), int(words[at + 4])
+
+
+def id_of(header: bytes, place: str, number: int) -> str:
+    """The publisher's id; of a foreign message its place."""
+    return _value(header, b"\r\nNats-Msg-Id:") or f"foreign-{place}-{number}"
+
+
+def key_of(header: bytes) -> str | None:
     key = _value(header, b"\r\nmessaging-key:")
     return unquote(key) if key is not None and "%" in key else key
 
 
-def _meta(header: bytes) -> Meta:
+def meta_of(header: bytes) -> Meta:
     """Everything that most handlers never look at. `Nats-...` headers are the server's."""
     fields: dict[str, str] = {}
     for line in header.split(b"\r\n")[1:]:

@@ -24,9 +24,9 @@ def names(paths: list[Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=names(ADAPTERS))
-def test_an_adapter_is_its_readme_and_the_same_seven_modules(adapter: Path) -> None:
+def test_an_adapter_is_its_readme_and_the_same_seven_modules_and_a_reader_if_it_has_history(adapter: Path) -> None:
     found = {p.name for p in adapter.iterdir() if p.name != "__pycache__"}
-    assert found - {"py.typed"} == FILES
+    assert found - {"py.typed", "reader.py"} == FILES
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=names(ADAPTERS))

@@ -87,6 +87,7 @@ def members(kind: type) -> Iterator[str]:
 EXPORTED = [
     *(getattr(messaging_sdk, n) for n in messaging_sdk.__all__ if inspect.isclass(getattr(messaging_sdk, n))),
     messaging_sdk.sync.Bus, messaging_sdk.sync.Publisher, messaging_sdk.sync.Stream, messaging_sdk.sync.Delivery,
+    messaging_sdk.sync.Replay,
     *(v for v in vars(importlib.import_module("messaging_sdk.spi")).values()
       if inspect.isclass(v) and v.__module__ == "messaging_sdk.spi"),
 ]  # fmt: skip

@@ -31,12 +31,14 @@ from messaging_sdk import (
 from messaging_sdk import Bus as AsyncBus
 from messaging_sdk import Delivery as AsyncDelivery
 from messaging_sdk import Publisher as AsyncPublisher
+from messaging_sdk import Replay as AsyncReplay
 from messaging_sdk import Stream as AsyncStream
 from messaging_sdk.memory import MemorySender
 from messaging_sdk.model import rejected
-from messaging_sdk.sync import Bus, Delivery, Publisher, Stream
+from messaging_sdk.sync import Bus, Delivery, Publisher, Replay, Stream
 
 QUEUE = Queue("work", bytes)
+NEWS = Topic("news", bytes, groups=("g",))
 
 
 def memory(**options: Any) -> Bus:
@@ -55,26 +57,34 @@ NOT_HERE = {
     AsyncBus: {"lifespan", "serve", "native"},
     AsyncPublisher: {"accepted"},  # the batcher's call, not the user's
     AsyncStream: set(),
+    AsyncReplay: set(),
     AsyncDelivery: {"meta", "settler", "session", "receipt", "native"},
 }
 
 
 @pytest.mark.parametrize(
     ("asynchronous", "synchronous"),
-    [(AsyncBus, Bus), (AsyncPublisher, Publisher), (AsyncStream, Stream), (AsyncDelivery, Delivery)],
+    [
+        (AsyncBus, Bus),
+        (AsyncPublisher, Publisher),
+        (AsyncStream, Stream),
+        (AsyncReplay, Replay),
+        (AsyncDelivery, Delivery),
+    ],
 )
 def test_every_public_name_of_the_async_class_is_here_too(asynchronous: type, synchronous: type) -> None:
     with memory() as bus:
         bus.publish(QUEUE, b"x")
-        with bus.consume(QUEUE) as stream, bus.publisher(QUEUE) as publisher:
+        with bus.consume(QUEUE) as stream, bus.publisher(QUEUE) as publisher, bus.replay(NEWS) as replay:
             delivery = stream.next(5)
-            have = {Bus: bus, Publisher: publisher, Stream: stream, Delivery: delivery}[synchronous]
+            have = {Bus: bus, Publisher: publisher, Stream: stream, Replay: replay, Delivery: delivery}[synchronous]
             wanted = public(asynchronous) - NOT_HERE[asynchronous]
             assert sorted(name for name in wanted if not hasattr(have, name)) == []
 
 
 @pytest.mark.parametrize(
-    "name", ["publish", "publisher", "consume", "close", "run", "consuming", "declare", "include", "on", "__init__"]
+    "name",
+    ["publish", "publisher", "consume", "replay", "close", "run", "consuming", "declare", "include", "on", "__init__"],
 )
 def test_calls_take_the_same_arguments(name: str) -> None:
     def parameters(kind: type) -> list[tuple[str, Any]]:
@@ -93,6 +103,17 @@ def test_a_message_goes_round_without_a_loop() -> None:
         assert found is not None
         assert (found.id, found.data, found.headers, found.correlation_id) == (sent.id, b"x", {"a": "1"}, "c-1")
         found.ack()
+
+
+def test_history_is_read_again_without_a_loop() -> None:
+    with memory() as bus:
+        for body in (b"1", b"2", b"3"):
+            bus.publish(NEWS, body)
+        with bus.replay(NEWS) as history:
+            assert next(history).data == b"1"
+            position = history.position
+        with bus.replay(NEWS, since=position) as history:
+            assert [message.data for message in history] == [b"2", b"3"]
 
 
 def test_publish_opens_the_bus() -> None:

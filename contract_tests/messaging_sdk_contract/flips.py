@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from messaging_sdk import Capabilities, Destination, HeaderRules
 from messaging_sdk.capabilities import FLAGS, choices
 from messaging_sdk.config import Address
-from messaging_sdk.spi import Driver, OnRevoke, Provision, Receiver, Sender
+from messaging_sdk.spi import Driver, OnRevoke, Provision, Reader, Receiver, Sender
 
 _HEADER_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "charset": ("field", "ascii", "text"),
@@ -60,6 +60,9 @@ class Flipped(Driver):
         self, destination: Destination[Any], group: str | None, window: int, on_revoke: OnRevoke
     ) -> Receiver:
         return await self._honest.open_receiver(destination, group, window, on_revoke)
+
+    async def open_reader(self, destination: Destination[Any], since: float | str | None) -> Reader:
+        return await self._honest.open_reader(destination, since)
 
     async def close(self) -> None:
         await self._honest.close()

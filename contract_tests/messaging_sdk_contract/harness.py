@@ -128,6 +128,10 @@ class Harness(ABC):
     async def remove(self, destinations: Sequence[Destination[Any]]) -> None:
         """Delete from the broker what provisioning made for these (groups too). Absent ones are fine."""
 
+    async def forget(self, destination: Destination[Any]) -> bool:
+        """Delete all that a Topic stores by now, as its retention would. False where that cannot be provoked."""
+        return False
+
     def refusals(self) -> Sequence[Refusal]:
         """Addresses where `open` must fail with a typed error: nobody listens, wrong password, no such feature."""
         return ()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
 from messaging_sdk import ConfigError, Destination, memory
+from messaging_sdk.memory_history import HISTORY
 from messaging_sdk.model import Outgoing
 from messaging_sdk.registry import driver_class
 
@@ -24,7 +25,7 @@ _PROFILES: Final[Mapping[str, str]] = {
     # A lease and a window short enough to wait for, and a broker that keeps what it has.
     "lease": "max_body=1048576&lease=timeout&lease_s=0.8&dedup_s=1&durable=kill&ok_means=page_cache",
     # The least that still offers a Queue and a Topic: the refusals are what is tested.
-    "minimal": "max_body=1000&release=none&count=none&order=none&order_redelivery=false"
+    "minimal": "max_body=1000&replay=false&release=none&count=none&order=none&order_redelivery=false"
     "&order_competition=false&compete=round_robin&confirm=received&route_error=false&dedup_s=0"
     "&batch=sequential&ttl=false&delay=false&priority=0&window=false",
 }
@@ -119,6 +120,11 @@ class Harness(kit.Harness):
                 del self.broker.stores[key]
             if destination.tag == "topic":
                 self.broker.topics.pop(f"topic {destination.name}", None)
+                self.broker.histories.pop(destination.name, None)
+
+    async def forget(self, destination: Destination[Any]) -> bool:
+        self.broker.histories[destination.name].forget(HISTORY)
+        return True
 
     def refusals(self) -> Sequence[Refusal]:
         secret = "pa55-in-memory"

@@ -599,6 +599,27 @@ async def measure_window(lab: Lab) -> bool:
 # --- sending -------------------------------------------------------------------------------------
 
 
+async def measure_replay(lab: Lab) -> bool:
+    """Settle some messages, then ask for all that is stored."""
+    on = await bench(lab)
+    bodies = [on.body() for _ in range(6)]
+    tap = await on.tap()
+    if lab.kind.settles:
+        tap.on_delivery(tap.accept_soon)
+    await on.put(*bodies)
+    await tap.take(len(bodies))
+    try:
+        reader = await on.driver.open_reader(on.destination, None)
+    except CapabilityError:
+        return False
+    found = []
+    async with asyncio.timeout(WAIT_S):
+        while (message := await reader.read()) is not None:
+            found.append(bytes(message.body))
+    await reader.close()
+    return Counter(found) == Counter(bodies)
+
+
 async def measure_confirm(lab: Lab) -> str:
     """At the moment of each ok, is the message there? And does a dead connection still say ok?"""
     if await _ok_only_when_settled(lab):

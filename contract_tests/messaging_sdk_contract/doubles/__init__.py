@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import contents, order, publishing, settling, sharing
+from . import contents, history, order, publishing, settling, sharing
 from .planting import Double
 
 __all__ = ["DOUBLES", "Double", "double"]
@@ -20,6 +20,7 @@ DOUBLES: Final[tuple[Double, ...]] = (
     *order.DOUBLES,
     *publishing.DOUBLES,
     *contents.DOUBLES,
+    *history.DOUBLES,
 )
 
 

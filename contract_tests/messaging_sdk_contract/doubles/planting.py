@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from messaging_sdk import memory
+from messaging_sdk.memory_history import MemoryReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,13 @@ def with_broker(flawed: type[memory.Broker]) -> type[memory.Driver]:
 def with_sender(flawed: type[memory.MemorySender]) -> type[memory.Driver]:
     class FlawedDriver(memory.Driver):
         sender_class = flawed
+
+    return FlawedDriver
+
+
+def with_reader(flawed: type[MemoryReader]) -> type[memory.Driver]:
+    class FlawedDriver(memory.Driver):
+        reader_class = flawed
 
     return FlawedDriver
 
