@@ -23,6 +23,7 @@ from .job import Job, Sample
 from .report import Report, markdown, print_tables
 
 RESULTS: Final = Path(__file__).parent / "results"
+BROKERS: Final = ["rabbitmq", "nats", "sqs", "kafka", "zeromq"]
 WIDTH: Final = 150
 """Columns of the table; a narrower terminal wraps its lines instead of cutting the numbers."""
 WAIT_S: Final = 120.0
@@ -35,7 +36,7 @@ def main() -> None:
         print(markdown(Report.read(RESULTS / "latest.json")))
         return
     console = Console(width=max(WIDTH, Console().width))
-    brokers = [asked.only] if asked.only else ["rabbitmq", "nats", "sqs", "kafka"]
+    brokers = [asked.only] if asked.only else BROKERS
     rounds = asked.rounds or (plan.QUICK_ROUNDS if asked.quick else plan.ROUNDS)
     began_s = time.monotonic()
     with ExitStack() as stack:
@@ -52,7 +53,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=["rabbitmq", "nats", "sqs", "kafka"], help="one broker (nothing is written)")
+    parser.add_argument("--only", choices=BROKERS, help="one broker (nothing is written)")
     parser.add_argument(
         "--quick", action="store_true", help="one round of 100 B, for a first look (nothing is written)"
     )

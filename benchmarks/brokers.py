@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from .job import Job
@@ -40,6 +41,8 @@ class Broker:
         """
         from . import ours
 
+        if self.name == "zeromq":
+            return
         if job.work == "consume" and job.client not in ("usual", "best"):
             await ours.fill(job)
             return
@@ -65,6 +68,8 @@ class Broker:
 
     async def remove(self, job: Job) -> None:
         """Delete the job's queue, whatever is in it."""
+        if self.name == "zeromq":
+            return
         if self.name == "nats":
             import nats
 
@@ -91,11 +96,15 @@ class Broker:
 def running(name: str) -> Iterator[Broker]:
     """The broker `name`, at the URL in the environment or started here and ended with the block.
 
-    NATS is embedded as a child process; RabbitMQ, Kafka, and ministack for SQS run in a container. Raises
-    EngineMissing without an engine.
+    NATS is embedded as a child process, ZeroMQ is a directory where processes meet; RabbitMQ, Kafka, and ministack for
+    SQS run in a container. Raises EngineMissing without an engine.
     """
-    url = os.environ.get(URLS[name])
-    if url is not None:
+    url = os.environ.get(URLS.get(name, ""))
+    if name == "zeromq":
+        with TemporaryDirectory(prefix="bench-") as directory:
+            url = f"zeromq://{directory}"
+            yield Broker(name, url, _version(url))
+    elif url is not None:
         yield Broker(name, url, _version(url))
     elif name == "nats":
         from messaging_sdk.cli.demo import embedded_server

@@ -29,9 +29,9 @@ class Job:
     """One measurement of `count` messages of `size` bytes by one client."""
 
     broker: str
-    """rabbitmq, nats, sqs, kafka or core."""
+    """rabbitmq, nats, sqs, kafka, zeromq or core."""
     work: str
-    """publish_one, publish_windowed, consume or latency."""
+    """publish_one, publish_windowed, consume or latency; on ZeroMQ queue, signal_send or signal_receive."""
     client: str
     """usual, best, ours, ours_model or faststream."""
     size: int

@@ -14,6 +14,8 @@ QUICK_ROUNDS: Final = 1
 QUICK_SIZES: Final = (100,)
 CLIENTS: Final = ("usual", "best", "ours", "ours_model", "faststream")
 WORKS: Final = ("publish_one", "publish_windowed", "consume", "latency")
+PEER_WORKS: Final = ("queue", "signal_send", "signal_receive")
+"""Without a broker: between two processes, of which one is measured."""
 MODEL_WORKS: Final = ("publish_windowed", "consume")
 """A pydantic model changes nothing else: its cost is per message, the other works' is the round trip."""
 
@@ -34,6 +36,9 @@ _COUNTS: Final[Mapping[tuple[str, str], Mapping[str, int]]] = {
     ("sqs", "publish_windowed"): {"": 2_000},
     ("sqs", "consume"): {"": 2_000},
     ("sqs", "latency"): {"": 50},
+    ("zeromq", "queue"): {"": 10_000, "ours": 60_000},
+    ("zeromq", "signal_send"): {"": 20_000, "ours": 60_000},
+    ("zeromq", "signal_receive"): {"": 20_000, "ours": 60_000},
     ("core", "publish_windowed"): {"": 60_000},
     ("core", "consume"): {"": 60_000},
 }
@@ -56,7 +61,8 @@ class Target:
         return value >= self.limit if self.at_least else value <= self.limit
 
     def __str__(self) -> str:
-        return f"{'>=' if self.at_least else '<='} {self.limit:g}{'x' if self.client else ' us'}"
+        unit = "x" if self.client else "/s" if self.measure == "rate" else " us"
+        return f"{'>=' if self.at_least else '<='} {self.limit:,g}{unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Row:
     def clients(self) -> tuple[str, ...]:
         if self.broker == "core":
             return ("ours", "ours_model")
-        if self.broker == "sqs":  # FastStream has none, and what boto3 does best is what its documentation shows
+        if self.broker in ("sqs", "zeromq"):  # FastStream has none, and the client's best is what its users write
             return ("usual", "ours")
         absent = {"ours_model"} if self.work not in MODEL_WORKS else set()
         if (self.broker, self.work) == ("kafka", "consume"):
@@ -86,8 +92,9 @@ class Row:
         """What is asked of `client`, one of ours: the aims of the issue, and never slower than FastStream."""
         if self.broker == "core":
             return (Target("cpu_us", "", 2.5 if client == "ours" else 5.0),)
-        if self.broker == "sqs":
-            return (Target("rate", "usual", 0.95),) if self.work in MODEL_WORKS else ()
+        if self.broker in ("sqs", "zeromq"):
+            asked = _RATES.get((self.broker, self.work))
+            return (Target("rate", *asked),) if asked else ()
         if self.broker == "kafka" and self.work in MODEL_WORKS:
             faster = Target("rate", "faststream", 1.0)
             if client == "ours_model":
@@ -105,6 +112,13 @@ class Row:
         return Target("cpu_us", "usual", _CPU_LIMITS[self.broker, self.work]), faster
 
 
+_RATES: Final = {
+    ("sqs", "publish_windowed"): ("usual", 0.95),
+    ("sqs", "consume"): ("usual", 0.95),
+    ("zeromq", "queue"): ("", 450_000),
+    ("zeromq", "signal_send"): ("usual", 3.0),
+    ("zeromq", "signal_receive"): ("usual", 8.0),
+}
 _CPU_LIMITS: Final = {
     ("rabbitmq", "publish_windowed"): 0.25,
     ("rabbitmq", "consume"): 0.8,
@@ -119,5 +133,5 @@ def rows(broker: str, sizes: Sequence[int] = SIZES) -> Iterator[Row]:
         yield from (Row("core", work, 100) for work in MODEL_WORKS)
         return
     for size in sizes:
-        for work in WORKS:
+        for work in PEER_WORKS if broker == "zeromq" else WORKS:
             yield Row(broker, work, size)

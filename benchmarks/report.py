@@ -26,6 +26,7 @@ DISTRIBUTIONS: Final = (
     "nats-py",
     "boto3",
     "confluent-kafka",
+    "pyzmq",
     "faststream",
     "aio-pika",
     "pydantic",
@@ -36,6 +37,9 @@ TITLES: Final = {
     "publish_windowed": "publish, windowed",
     "consume": "consume, settle each",
     "latency": "latency of one",
+    "queue": "queue, settled by the other process",
+    "signal_send": "signal, send",
+    "signal_receive": "signal, receive",
 }
 CLIENTS: Final = {
     "usual": "client, usual",
@@ -49,6 +53,7 @@ BROKERS: Final = {
     "nats": "NATS JetStream",
     "sqs": "SQS (ministack)",
     "kafka": "Kafka",
+    "zeromq": "ZeroMQ (two processes)",
     "core": "core alone (a driver that does nothing)",
 }
 
@@ -232,10 +237,12 @@ def _shown(verdict: Verdict) -> str:
 
 def markdown(report: Report) -> str:
     """The README's table: a line per row, ours beside the others."""
-    brokers = ", ".join(report.versions[n] for n in ("rabbitmq", "nats", "sqs", "kafka") if n in report.versions)
+    brokers = ", ".join(
+        report.versions[n] for n in ("rabbitmq", "nats", "sqs", "kafka", "zeromq") if n in report.versions
+    )
     clients = ", ".join(
         f"{n} {report.versions[n]}"
-        for n in ("pika", "nats-py", "boto3", "confluent-kafka", "faststream")
+        for n in ("pika", "nats-py", "boto3", "confluent-kafka", "pyzmq", "faststream")
         if n in report.versions
     )
     lines = [
