@@ -112,6 +112,7 @@ class Bus(Handlers):
         self._outlets: dict[Destination[Any], Outlet[Any]] = {}
         self._provisioned: set[Destination[Any]] = set()
         self._consumers: dict[Consumer, Workers | None] = {}
+        self._replays: weakref.WeakSet[Replay[Any]] = weakref.WeakSet()
         self._pool: ThreadPoolExecutor | None = None
         self._id_prefix = new_id_prefix()
         self._owner: asyncio.Task[Any] | None = None
@@ -196,6 +197,7 @@ class Bus(Handlers):
         self._check_loop()
         self._state = "closed"
         deadline = self._loop.time() + timeout_s
+        await asyncio.gather(*(replay.close() for replay in list(self._replays)))
         await self._stop_consumers(list(self._consumers), timeout_s * 0.5)
         reason = Closed("the bus was closed before this message had an outcome")
         budget = max(0.1, (deadline - self._loop.time()) * 0.7)
@@ -442,15 +444,17 @@ class Bus(Handlers):
         """
         if not isinstance(topic, Topic):
             raise UsageError(f"replay: only a Topic has a history, not {topic!r}")
-        driver, _ = self._driver_of(topic)
-        place = f"{driver.name} {topic.name}"
+        driver, backend = self._driver_of(topic)
+        place = f"{driver.name} {backend} {topic.name}"
 
         async def open_reader(since: float | str | None) -> Reader:
             await self._ready(topic)
             self._check_needs([(topic, {"replay": True})])
             return await self._within(driver.open_reader(topic, since), OPEN_S, f"open a reader of {topic}")
 
-        return Replay(topic, place, open_reader, parsed_since(topic, place, since))
+        made = Replay(topic, place, open_reader, parsed_since(topic, place, since))
+        self._replays.add(made)
+        return made
 
     async def _start_consumer(self, registration: Registration) -> Consumer:
         destination, group = registration.destination, registration.group
@@ -646,6 +650,8 @@ class Bus(Handlers):
                 consumer.failure = UsageError("this consumer belongs to the parent process; start it in the child")
             for outlet in self._outlets.values():
                 outlet.disown()
+            for replay in self._replays:
+                replay.disown()
             self._reset()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from .destination import Topic
-from .errors import ConnectError, ConnectionLost, UsageError
+from .errors import Closed, MessagingError, UsageError
 from .model import Message
 from .retry import Backoff
 from .spi import Reader
@@ -22,6 +23,8 @@ START: Final = "start"
 CLOSE_S: Final = 2.0
 
 OpenReader = Callable[[float | str | None], Awaitable[Reader]]
+_parents: Final[list[Reader]] = []
+"""In a forked child: the parent's readers, whose clients must not even be destroyed here."""
 
 
 class Replay(Generic[T]):
@@ -38,13 +41,20 @@ class Replay(Generic[T]):
         self._open_reader: Final = open_reader
         self._since = since
         self._reader: Reader | None = None
-        self._state: Literal["new", "entered", "left"] = "new"
+        self._state: Literal["new", "entered", "left", "closed", "forked"] = "new"
+        self._over = asyncio.Event()
+        """It is left or closed: who waits for the next attempt need not."""
+        self._is_reading = False
 
     async def __aenter__(self) -> Replay[T]:
         if self._state != "new":
             raise UsageError("this replay was entered before; call bus.replay() again")
-        self._reader = await self._open_reader(self._since)
         self._state = "entered"
+        try:
+            await self._opened()
+        except BaseException:
+            self._state = "left"
+            raise
         return self
 
     async def __aexit__(
@@ -53,7 +63,9 @@ class Replay(Generic[T]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._state = "left"
+        if self._state == "entered":
+            self._state = "left"
+        self._over.set()
         await self._let_go()
 
     def __aiter__(self) -> Replay[T]:
@@ -63,32 +75,89 @@ class Replay(Generic[T]):
         """The next message, decoded. Cancelling loses nothing.
 
         Raises DecodeError for a body that does not fit the topic's type (the next call goes on behind it), OutOfRange
-        when the backend's retention has deleted what comes next, Closed once the bus is closed. After a lost
-        connection it goes on where it was, as soon as the backend can be reached.
+        when the backend's retention has deleted what comes next, NotFound when the topic was deleted, Closed once the
+        bus is closed. After a lost connection it goes on where it was, as soon as the backend can be reached.
         """
-        if self._state != "entered":
-            raise UsageError("a replay is used inside `async with bus.replay(...) as history:`")
+        self._is_reading = True
+        try:
+            message = await self._next()
+        finally:
+            self._is_reading = False
+        if message is None:
+            raise StopAsyncIteration
+        message.data = self._topic.codec.decode(message.body)
+        return message
+
+    async def _next(self) -> Message[Any] | None:
         while True:
+            self._check()
             reader = self._reader or await self._reopened()
             try:
-                message = await reader.read()
-            except ConnectionLost as error:
+                return await reader.read()
+            except MessagingError as error:
+                self._check()
+                if not error.transient:
+                    raise
                 log.info("replay of %s: connection lost, reopening: %s", self._topic, error)
                 await self._let_go()
-                continue
-            if message is None:
-                raise StopAsyncIteration
-            message.data = self._topic.codec.decode(message.body)
-            return message
 
     @property
     def position(self) -> str:
         """Where to go on, as `since` of another replay of this topic: behind the last message that was yielded. To be
         stored as it is; it means nothing to another topic or backend. Raises UsageError before the block is entered.
         """
-        if self._state == "new":
+        position = self._since if self._reader is None else self._reader.position()
+        if not isinstance(position, str):
             raise UsageError("a replay has a position once it is entered")
-        return f"{self._place} {self._since if self._reader is None else self._reader.position()}"
+        return f"{self._place} {position}"
+
+    async def close(self) -> None:
+        """The bus was closed: the next call, and one that waits, raises Closed. Returns when that has been told."""
+        self._state = "closed"
+        self._over.set()
+        await self._let_go()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                while self._is_reading:  # noqa: ASYNC110  # at a close only; an event would cost on each message
+                    await asyncio.sleep(0.005)
+
+    def disown(self) -> None:
+        """In a forked child: the reader is the parent's."""
+        self._state = "forked"
+        if self._reader is not None:
+            self._since = self._reader.position()
+            _parents.append(self._reader)
+            self._reader = None
+
+    def _check(self) -> None:
+        if self._state == "closed":
+            raise Closed(f"replay of {self._topic}: the bus was closed")
+        if self._state == "forked":
+            raise UsageError("this replay belongs to the parent process; start one in the child at its position")
+        if self._state != "entered":
+            raise UsageError("a replay is used inside `async with bus.replay(...) as history:`")
+
+    async def _opened(self) -> Reader:
+        reader = await self._open_reader(self._since)
+        self._reader = reader
+        if self._state != "entered":  # left or closed meanwhile
+            await self._let_go()
+            self._check()
+        return reader
+
+    async def _reopened(self) -> Reader:
+        backoff = Backoff()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(backoff.wait_s()):
+                    await self._over.wait()
+            self._check()
+            try:
+                return await self._opened()
+            except MessagingError as error:
+                if not error.transient:
+                    raise
+                log.warning("replay of %s: cannot reopen, trying again: %s", self._topic, error)
 
     async def _let_go(self) -> None:
         reader, self._reader = self._reader, None
@@ -100,19 +169,6 @@ class Replay(Generic[T]):
                 await reader.close()
         except Exception as error:
             log.debug("replay of %s: error while closing a reader: %r", self._topic, error)
-
-    async def _reopened(self) -> Reader:
-        backoff = Backoff()
-        while True:
-            await asyncio.sleep(backoff.wait_s())
-            try:
-                self._reader = await self._open_reader(self._since)
-            except (ConnectError, ConnectionLost) as error:
-                if not error.transient:
-                    raise
-                log.warning("replay of %s: cannot reopen, trying again: %s", self._topic, error)
-            else:
-                return self._reader
 
 
 def parsed_since(topic: Topic[Any], place: str, since: datetime | str) -> float | str | None:

@@ -220,7 +220,7 @@ class Reader(ABC):
         """The next message; None at the end, and from then on. Those of one sequence (a key, where ordered) come in the
         order in which they were stored. Cancelling loses nothing.
 
-        Raises OutOfRange when retention has deleted the next message, ConnectionLost, NotFound.
+        Raises OutOfRange when retention has deleted the next message, NotFound, ConnectionLost; again when asked again.
         """
 
     @abstractmethod
@@ -230,7 +230,7 @@ class Reader(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Idempotent, never raises."""
+        """Idempotent, never raises; a `read` that waits raises ConnectionLost. When cancelled lets go all the same."""
 
 
 @runtime_checkable

@@ -64,8 +64,16 @@ class LoopThread:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
     def submit(self, work: Coroutine[Any, Any, T], wait_s: float | None = None) -> T:
-        """Run `work` on the thread and block for it, at most `wait_s`. Must not be called on the thread itself."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(wait_s)
+        """Run `work` on the thread and block for it, at most `wait_s`. Must not be called on the thread itself.
+
+        A KeyboardInterrupt meanwhile cancels `work`.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result(wait_s)
+        except (KeyboardInterrupt, SystemExit):
+            future.cancel()
+            raise
 
     @property
     def is_alive(self) -> bool:

@@ -366,13 +366,14 @@ class Driver(spi.Driver):
     async def open_reader(self, destination: Destination[Any], since: float | str | None) -> spi.Reader:
         if destination.tag != "topic":
             return await super().open_reader(destination, since)
-        topic, count = await self._topic(destination)
+        topic = topic_name(destination, self._block(destination))
+        described = await self._described(self._opened(), topic)
         what = f"a replay of {destination} on {self.address}"
-        reader = HistoryReader(self.config(), topic, what)
+        reader = HistoryReader(self.config(), topic, str(described.topic_id), what)
         try:
-            await self._when_fresh(lambda: reader.start(count, since), what)
+            await self._when_fresh(lambda: reader.start(len(described.partitions), since), what)
         except BaseException:
-            await reader.close()
+            reader.let_go()
             raise
         return reader
 

@@ -183,7 +183,11 @@ class Driver(spi.Driver):
         if not self._keeps_history(destination):
             return await super().open_reader(destination, since)
         reader = HistoryReader(await self._connected(), self._stream(destination))
-        await reader.start(since)
+        try:
+            await reader.start(since)
+        except BaseException:
+            reader.let_go()
+            raise
         return reader
 
     def _keeps_history(self, destination: Destination[Any]) -> bool:

@@ -168,7 +168,7 @@ class StreamReceiver(spi.Receiver):
             if not reply.startswith(b"$JS.ACK."):
                 self._on_status(subject, header)
                 continue
-            count, seq, _ = numbers_of(reply)
+            count, seq, *_ = numbers_of(reply)
             again = again or count > 1
             id = id_of(header, self._stream, seq)
             self._arrive(reply, count, seq, id, key_of(header), header, body, until_s)
@@ -575,11 +575,12 @@ def _value(header: bytes, name: bytes) -> str | None:
     return value.decode("utf-8", "replace")
 
 
-def numbers_of(reply: bytes) -> tuple[int, int, int]:
-    """How often it was delivered, its stream sequence, how many are behind it: of a JetStream reply subject."""
+def numbers_of(reply: bytes) -> tuple[int, int, int, int]:
+    """Of a JetStream reply subject: how often the message was delivered, its sequence in the stream and in the
+    consumer, how many are behind it."""
     words = reply.split(b".")
     at = 4 if len(words) == 9 else 6  # newer replies carry domain and account first
-    return int(words[at]), int(words[at + 1]), int(words[at + 4])
+    return int(words[at]), int(words[at + 1]), int(words[at + 2]), int(words[at + 4])
 
 
 def id_of(header: bytes, place: str, number: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from _drive import drive, fresh
+from _drive import drive, fresh, turns
 
 from messaging_sdk import (
     Bus,
@@ -17,6 +18,7 @@ from messaging_sdk import (
     Closed,
     ConnectError,
     ConnectionLost,
+    DeadlineExceeded,
     DecodeError,
     Message,
     Queue,
@@ -69,7 +71,7 @@ def test_a_position_that_the_backend_never_gave_is_refused_when_entered(position
     async def main() -> None:
         async with told(1) as bus:
             with pytest.raises(UsageError):
-                async with bus.replay(NEWS, since=f"memory news {position}"):
+                async with bus.replay(NEWS, since=f"memory default news {position}"):
                     pass
 
     drive(main())
@@ -218,6 +220,123 @@ def test_an_attempt_that_fails_for_now_is_made_again_one_that_fails_for_good_is_
             with pytest.raises(ConnectError, match="wrong port"):
                 await left_of(history)
             assert history.position == "scripted news 2"
+
+    drive(main())
+
+
+def test_any_error_that_may_heal_costs_the_reader_and_not_the_replay() -> None:
+    class Slow(Unsteady):
+        async def read(self) -> Message[Any] | None:
+            if self.breaks:
+                self.breaks.clear()
+                raise DeadlineExceeded("no answer")
+            return await super().read()
+
+    async def main() -> None:
+        breaks = {0}
+
+        async def open_reader(since: float | str | None) -> Reader:
+            return Slow(int(since or 0), 2, breaks, [])
+
+        async with Replay(NEWS, "scripted news", open_reader, None) as history:
+            assert await left_of(history) == [0, 1]
+
+    drive(main())
+
+
+class Waiting(Unsteady):
+    """Never has anything, until it is closed."""
+
+    closed: asyncio.Event
+
+    async def read(self) -> Message[Any] | None:
+        self.closed = asyncio.Event()
+        await self.closed.wait()
+        raise ConnectionLost("closed")
+
+    async def close(self) -> None:
+        await super().close()
+        self.closed.set()
+
+
+def test_who_waits_when_the_bus_closes_is_told_before_close_returns() -> None:
+    async def main() -> None:
+        log: list[str] = []
+
+        async def open_reader(since: float | str | None) -> Reader:
+            return Waiting(0, 1, set(), log)
+
+        async with Replay(NEWS, "scripted news", open_reader, None) as history:
+            waiting = asyncio.ensure_future(anext(history))
+            await turns()
+            await history.close()
+            assert waiting.done() and isinstance(waiting.exception(), Closed)
+            with pytest.raises(Closed):
+                await anext(history)
+        assert log == ["closed at 0"]
+
+    drive(main())
+
+
+def test_who_waits_for_the_next_attempt_is_told_at_once_too() -> None:
+    async def main() -> None:
+        refusals = [ConnectError("not now") for _ in range(30)]
+        async with unsteady({1}, [], *refusals) as history:
+            assert (await anext(history)).data == 0
+            waiting = asyncio.ensure_future(anext(history))
+            await asyncio.sleep(0.5)  # by now the pauses between attempts are long
+            began = time.monotonic()
+            await history.close()
+            assert isinstance(waiting.exception(), Closed) and time.monotonic() - began < 0.2
+
+    drive(main())
+
+
+def test_a_reader_that_comes_too_late_is_closed() -> None:
+    """The block was left while another reader was being opened: an interrupt of a plain thread, say."""
+
+    async def main() -> None:
+        log: list[str] = []
+        opening = asyncio.Event()
+
+        async def open_reader(since: float | str | None) -> Reader:
+            log.append(f"open {since}")
+            if since is not None:
+                await opening.wait()
+            return Unsteady(int(since or 0), 5, {1} if since is None else set(), log)
+
+        async with Replay(NEWS, "scripted news", open_reader, None) as history:
+            await anext(history)
+            orphan = asyncio.ensure_future(anext(history))
+            await asyncio.sleep(0.3)
+        opening.set()
+        with pytest.raises(UsageError, match="inside"):
+            await orphan
+        assert log == ["open None", "closed at 1", "open 1", "closed at 1"]
+        assert history.position == "scripted news 1"
+
+    drive(main())
+
+
+def test_the_child_of_a_fork_leaves_the_parents_reader_alone() -> None:
+    async def main() -> None:
+        log: list[str] = []
+        async with unsteady(set(), log) as history:
+            await anext(history)
+            history.disown()
+            with pytest.raises(UsageError, match="parent"):
+                await anext(history)
+        assert log == ["open None"] and history.position == "scripted news 1"
+
+    drive(main())
+
+
+def test_a_forked_bus_disowns_its_replays() -> None:
+    async def main() -> None:
+        async with told(1) as bus, bus.replay(NEWS) as history:
+            bus._forked()
+            with pytest.raises(UsageError, match="parent"):
+                await anext(history)
 
     drive(main())
 

@@ -57,7 +57,7 @@ NOT_HERE = {
     AsyncBus: {"lifespan", "serve", "native"},
     AsyncPublisher: {"accepted"},  # the batcher's call, not the user's
     AsyncStream: set(),
-    AsyncReplay: set(),
+    AsyncReplay: {"close", "disown"},  # the bus calls them
     AsyncDelivery: {"meta", "settler", "session", "receipt", "native"},
 }
 
