@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -35,7 +35,7 @@ _SESSION_S: Final = 4.0  # short, since a killed member's partitions are waited 
 _REVOKE_S: Final = 3.0  # a consumer that was cut while its handler runs is waited for as long by its successor
 _CUT_SEEN_S: Final = 0.1  # a reset is seen by a client's thread, and told by its next poll
 _WAIT_S: Final = 10.0
-_STOPPED_S: Final = 0.1  # a deleted topic's partitions take messages for a moment after it is known no more
+_STOPPED_S: Final = 0.2  # a deleted topic's partitions take messages for a moment after it is known no more
 _PARTITIONS: Final = 3  # a member each where three share; each costs the broker files, and time after a kill
 
 
@@ -163,7 +163,12 @@ class Harness(harness.ContainerHarness):
                 time.sleep(0.02)
             time.sleep(_STOPPED_S)
 
-        if topics:
+        if not topics:
+            return
+        try:
+            await self._native(delete)
+        except TimeoutError:  # a client that lived through a kill may ask a controller that is no more
+            self._admin = None
             await self._native(delete)
 
     async def forget(self, destination: Destination[Any]) -> bool:
@@ -226,6 +231,10 @@ class Harness(harness.ContainerHarness):
             "log_level": 0,
             "reconnect.backoff.max.ms": 200,
         }
+
+    def _again(self, end: Literal["stop", "kill"]) -> None:
+        self._admin = None
+        super()._again(end)
 
     def _probe(self) -> None:
         """One answer of the group coordinator, which loads its offsets late, and one of each partition's leader."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from .harness import Fault
-from .lab import KINDS, Kind
+from .lab import KINDS, PATIENCE_S, Kind
 
-LIMIT_S: Final = 60.0
-"""A case that takes longer is stuck: the slowest honest one, with a 1.5 s lease, needs under 20 s."""
-FAULT_LIMIT_S: Final = 180.0
+LIMIT_S: Final = 2.5 * PATIENCE_S
+"""A case that takes longer is stuck: more than its own patience, so that it can say what it waited for."""
+FAULT_LIMIT_S: Final = max(180.0, 5 * PATIENCE_S)
 """A broker may take a minute to come back from a SIGKILL, and a case may kill it twice."""
 
 ALL: Final = tuple(k.name for k in KINDS)

@@ -102,7 +102,7 @@ class LiveService:
         """
         return _HOST, self.ports[container_port]
 
-    def wait_ready(self, probe: Callable[[], object], wait_s: float = 60.0) -> None:
+    def wait_ready(self, probe: Callable[[], object], wait_s: float = 180.0) -> None:
         """Call `probe` until it returns without raising.
 
         An open port is no sign of life (the engine's proxy opens it): probe with a handshake.

@@ -18,7 +18,7 @@ from typing import Final
 
 POLL_S: Final = 0.2
 PROGRESS_S: Final = 30.0  # a reader of a CI log should not wonder whether it hangs
-LIMIT_S: Final = 1500.0  # five times what a kind takes on two busy cores
+LIMIT_S: Final = 3600.0  # three times and more of what a kind takes on two busy cores
 
 
 def run_kinds(kinds: Sequence[str], arguments: Sequence[str], evidence: Path, at_once: int) -> int:

@@ -26,9 +26,14 @@ class TcpProxy:
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name=f"proxy-{self.port}", daemon=True).start()
 
-    def cut(self) -> int:
-        """Reset every open connection on both sides; return how many there were."""
+    def cut(self, *, if_asked: bool = False) -> bool:
+        """Reset every open connection on both sides.
+
+        With `if_asked` only while one of them waits for an answer, which is lost then; False if none did.
+        """
         with self._lock:
+            if if_asked and not any(pair[0] in self._asked for pair in self._pairs):
+                return False
             pairs, self._pairs = self._pairs, set()
         for pair in pairs:
             for end in pair:
@@ -37,11 +42,7 @@ class TcpProxy:
             for end in pair:  # wakes both pumps, which close; SHUT_WR would send FIN first
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RD)
-        return len(pairs)
-
-    def waiting(self) -> int:
-        """How many connections wait for an answer: where each request has one, only these can lose something."""
-        return len(self._asked)
+        return True
 
     def close(self) -> None:
         with suppress(OSError):
@@ -72,10 +73,10 @@ class TcpProxy:
     def _pump(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
         with suppress(OSError):
             while chunk := source.recv(CHUNK_BYTES):
-                if source is pair[0]:
-                    self._asked.add(source)
-                else:
-                    self._asked.discard(pair[0])
+                with self._lock:
+                    if pair not in self._pairs:  # it was cut: this never arrives
+                        break
+                    (self._asked.add if source is pair[0] else self._asked.discard)(pair[0])
                 sink.sendall(chunk)
         self._asked.discard(pair[0])
         with self._lock:

@@ -146,12 +146,12 @@ async def test_bat_04_take_gives_what_there_is(lab: Lab) -> None:
     async with bus.consume(destination, group=lab.group) as stream:
         began = time.monotonic()
         assert await stream.take(10, 0.2) == []
-        assert 0.15 <= time.monotonic() - began < 1.5
+        assert 0.15 <= time.monotonic() - began < 5
         await bus.publish(destination, sent[0])
         began = time.monotonic()
         got = await stream.take(10, WAIT_S)
         assert [d.body for d in got] == [sent[0]], "it must not wait for ten"
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < WAIT_S / 2
         if destination.settles:
             await got[0].ack()
         await publish_all(bus, destination, sent[1:])

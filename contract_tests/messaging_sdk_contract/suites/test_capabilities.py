@@ -36,7 +36,7 @@ from messaging_sdk.config import from_mapping
 from messaging_sdk.registry import driver_class
 from messaging_sdk.spi import Driver
 
-from ..cases import SETTLED, case
+from ..cases import FAULT_LIMIT_S, SETTLED, case
 from ..lab import Kind, Lab, eventually, key_before_colon, refusal_of
 from ..probes import PROBES, agree
 from . import real, silence
@@ -50,7 +50,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 """What asks for a flag in one publish."""
 
 
-@case("CAP-01", refusal=True, limit_s=150.0)
+@case("CAP-01", refusal=True, limit_s=FAULT_LIMIT_S)
 @pytest.mark.parametrize("flag", FLAGS)
 async def test_cap_01_the_declared_value_is_the_measured_one(lab: Lab, flag: str) -> None:
     """What the adapter declares for a flag is what is measured: neither more nor less."""
@@ -117,7 +117,7 @@ async def test_cap_03_one_script_gives_one_ledger_on_every_backend(lab: Lab) -> 
     assert ledger == Script.LEDGER, f"unlike: {ledger - Script.LEDGER}, {Script.LEDGER - ledger}"
 
 
-@case("CAP-04", kinds=("queue",), refusal=True)
+@case("CAP-04", kinds=("queue",), refusal=True, limit_s=FAULT_LIMIT_S)
 async def test_cap_04_every_refusal_of_a_backend_is_a_typed_error(lab: Lab) -> None:
     """A wrong address, password or option fails as the class that says what to do, with its cause chained."""
     refusals = lab.harness.refusals()

@@ -188,7 +188,7 @@ async def test_lif_05_a_receive_ends_at_its_time(lab: Lab) -> None:
             began = time.monotonic()
             assert await stream.next(wait_s) is None
             took = time.monotonic() - began
-            assert wait_s - 0.02 <= took <= wait_s + 0.5, f"{took:.3f} s instead of {wait_s:g}"
+            assert wait_s - 0.02 <= took <= wait_s + 2, f"{took:.3f} s instead of {wait_s:g}"
         with pytest.raises(UsageError):
             await stream.next(-1)
         with pytest.raises(UsageError):

@@ -124,7 +124,7 @@ async def test_red_03_a_delay_is_neither_shorter_nor_much_longer(lab: Lab) -> No
         after_s = time.monotonic() - began
         assert again.attempt == 2
         await again.ack()
-    assert delay_s * 0.98 <= after_s <= delay_s + 1, f"{after_s:.3f} s instead of {delay_s:g}"
+    assert delay_s * 0.98 <= after_s <= delay_s + 3, f"{after_s:.3f} s instead of {delay_s:g}"
     lab.measured["retry_s"] = round(after_s, 3)
     if caps.release == "delay":
         lab.measured["release_s"] = await _released_after(lab, destination, delay_s)
