@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -271,7 +272,18 @@ class Driver(spi.Driver):
 
     async def _asked(self, ask: Callable[[], Any], what: str, *, is_made: bool = True) -> Any:
         """One request of the AdminClient."""
-        return await self._when_fresh(lambda: asyncio.wrap_future(ask()), what, is_made=is_made)
+        try:
+            return await self._when_fresh(lambda: asyncio.wrap_future(ask()), what, is_made=is_made)
+        except ConnectError:
+            self._renew_admin()
+            raise
+
+    def _renew_admin(self) -> None:
+        """One that got no answer may be asking a controller that is no more, for ever."""
+        if self._admin is None:  # closed meanwhile
+            return
+        old, self._admin = self._admin, AdminClient(self.config())
+        threading.Thread(target=_end, args=((), old), daemon=True).start()
 
     async def _when_fresh(self, work: Callable[[], Awaitable[T]], what: str, *, is_made: bool = True) -> T:
         """Do it, again while a topic or group that was just made is not ready; `is_made`: or not even known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException
@@ -59,6 +61,23 @@ TABLE: Final[dict[int, Row]] = {
     KafkaError._INVALID_ARG: (ConfigError, False, True, "the client does not take this configuration"),
 }  # fmt: skip
 _UNKNOWN: Final[Row] = (ConnectError, True, False, "the broker did not do it")
+
+
+class Solitude:
+    """Notices that a client has no broker left. librdkafka 2.16 may not say so, and then looks for none: one that
+    stops can answer, for a moment, that its cluster has no brokers (librdkafka issue 5301). Its statistics show it.
+    """
+
+    CONFIG: Final[Mapping[str, Any]] = {"statistics.interval.ms": 2000}
+
+    def __init__(self) -> None:
+        self._alone = 0
+
+    def shows_in(self, statistics: str) -> bool:
+        """Twice in a row there was no broker but those that stand for a role."""
+        brokers = json.loads(statistics).get("brokers", {}).values()
+        self._alone = 0 if any(b.get("source") in ("learned", "configured") for b in brokers) else self._alone + 1
+        return self._alone > 1
 
 
 def native_of(error: BaseException) -> KafkaError | None:

@@ -18,7 +18,7 @@ from messaging_sdk import spi
 from messaging_sdk.errors import ConnectError, MessagingError, OutOfRange, UsageError
 from messaging_sdk.model import Message
 
-from .errors import TABLE, loss, refusal
+from .errors import TABLE, Solitude, loss, refusal
 from .receiver import BATCH, message_of
 
 ANSWER_S: Final = 5.0
@@ -40,7 +40,10 @@ class HistoryReader(spi.Reader):
         self._topic = topic
         self._topic_id = topic_id
         self._what = what
+        self._solitude = Solitude()
         own = {
+            **Solitude.CONFIG,
+            "stats_cb": self._on_statistics,
             "group.id": "messaging-sdk-reader",  # the client wants one; it is never joined
             "enable.auto.commit": False,
             "enable.partition.eof": True,
@@ -184,6 +187,11 @@ class HistoryReader(spi.Reader):
         """Within a poll."""
         if error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
             self._failed = self._failed or loss(error, self._what)
+
+    def _on_statistics(self, statistics: str) -> None:
+        """Within a poll."""
+        if self._solitude.shows_in(statistics):
+            self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
     def position(self) -> str:
         return f"{self._topic_id}/" + ",".join(f"{p}:{offset}" for p, offset in sorted(self._next.items()))

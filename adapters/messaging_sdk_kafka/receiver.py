@@ -22,7 +22,7 @@ from messaging_sdk.spi import Disposition, OnRevoke
 from messaging_sdk.spi import Receiver as ReceiverContract
 from messaging_sdk.threads import Hop
 
-from .errors import TABLE, loss, native_of, no_protocol, no_release, refusal
+from .errors import TABLE, Solitude, loss, native_of, no_protocol, no_release, refusal
 from .sender import CONTENT_TYPE, CORRELATION, ID, OURS
 
 BATCH: Final = 500
@@ -131,7 +131,9 @@ class Member:
         self._revoke_timeout_s = revoke_timeout_s
         self._loop = asyncio.get_running_loop()
         self._hop = Hop(self._loop)
-        self._config = {**config, "error_cb": self._on_error, "on_commit": self._on_commit}
+        told = {"error_cb": self._on_error, "on_commit": self._on_commit, "stats_cb": self._on_statistics}
+        self._config = {**config, **Solitude.CONFIG, **told}
+        self._solitude = Solitude()
         self._orders: deque[Callable[[], object]] = deque()
         self._ordered = threading.Event()
         self._claims: dict[int, Claim] = {}
@@ -176,8 +178,9 @@ class Member:
             finally:
                 self._leave()
         except Exception as problem:
-            error = refusal(problem, self._what) if native_of(problem) else problem
-            if self._joined_s and isinstance(error, MessagingError) and error.transient:
+            native = native_of(problem)
+            error = problem if native is None else refusal(problem, self._what)
+            if native is not None and self._joined_s and native.code() not in _UNHEALING:
                 error = loss(problem, self._what)  # of a member that worked: core opens another
         self.tell(self._receiver.ended, error or self._lost or loss(None, self._what))
 
@@ -382,6 +385,11 @@ class Member:
         elif error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
             self._lose(error)
 
+    def _on_statistics(self, statistics: str) -> None:
+        """Within a poll."""
+        if self._joined_s and self._solitude.shows_in(statistics):
+            self._lose(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+
     def _lose(self, error: KafkaError) -> None:
         if self._lost is None:
             if self._joined_s:
@@ -396,6 +404,7 @@ class Member:
 
     def settle(self, answers: Answers) -> None:
         """On the thread: note settlements; the next commit takes them along."""
+        self._settled.append(answers)
         for index, ((claim, offset), disposition) in enumerate(answers.settlements):
             if disposition.kind != "accept":
                 answers.failed[index] = no_release(self._what)
@@ -408,7 +417,6 @@ class Member:
                 claim.is_stalled = False
                 if not self._is_paused:
                     self._flow([claim.partition])
-        self._settled.append(answers)
 
     def _begin_commit(self) -> None:
         if self._commit is not None or time.monotonic() < self._next_commit_s:

@@ -17,7 +17,7 @@ from messaging_sdk.spi import OnOutcomes, Outcomes
 from messaging_sdk.spi import Sender as SenderContract
 from messaging_sdk.threads import Hop
 
-from .errors import loss, native_of, refusal, report
+from .errors import Solitude, loss, native_of, refusal, report
 
 ID: Final = "messaging-id"
 CONTENT_TYPE: Final = "messaging-content-type"
@@ -50,7 +50,9 @@ class Link:
         self.hop = Hop(loop)
         self._what = what
         self._ended = False
-        self.producer = Producer({**config, "error_cb": self._on_error})
+        self._solitude = Solitude()
+        told = {"error_cb": self._on_error, "stats_cb": self._on_statistics}
+        self.producer = Producer({**config, **Solitude.CONFIG, **told})
         self.thread = threading.Thread(target=self._serve, name="messaging-sdk-kafka-sender", daemon=True)
         self.thread.start()
 
@@ -79,6 +81,11 @@ class Link:
         self.trouble = error.str()
         if self.lost is None and error.code() == KafkaError._ALL_BROKERS_DOWN:
             self.lost = loss(error, self._what)
+
+    def _on_statistics(self, statistics: str) -> None:
+        """On the thread."""
+        if self._solitude.shows_in(statistics):
+            self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
     def tell(self, call: Callable[..., object], *args: Any) -> None:
         """From the thread: run `call(*args)` on the opener's loop, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from messaging_sdk import (
     AuthError,
@@ -28,7 +29,7 @@ from messaging_sdk.model import Outgoing
 from messaging_sdk.spi import ACCEPT, Outcomes
 from messaging_sdk_kafka import Driver
 from messaging_sdk_kafka.driver import producer_config
-from messaging_sdk_kafka.errors import TABLE, refusal, report
+from messaging_sdk_kafka.errors import TABLE, Solitude, refusal, report
 from messaging_sdk_kafka.options import group_id
 from messaging_sdk_kafka.receiver import (
     ASIDE,
@@ -360,6 +361,50 @@ def test_a_topic_is_deleted_when_it_stays_unknown(comes_back: bool, monkeypatch:
                 made._take([Failed(KafkaError.UNKNOWN_TOPIC_OR_PART)])  # type: ignore[list-item]
 
     within(body)
+
+
+ALONE = json.dumps({"brokers": {"GroupCoordinator": {"source": "logical"}}})
+ACCOMPANIED = json.dumps({"brokers": {"b:9092/1": {"source": "learned"}, "GroupCoordinator": {"source": "logical"}}})
+
+
+def test_a_member_that_is_left_without_brokers_is_lost_although_the_client_does_not_say_so() -> None:
+    def body() -> None:
+        made, _, _ = member()
+        told = noting(made)
+        made._joined_s = 1.0
+        for statistics in (ALONE, ACCOMPANIED, ALONE):
+            made._on_statistics(statistics)
+        assert made._lost is None
+        made._on_statistics(ALONE)
+        assert type(made._lost) is ConnectionLost and told[-1][1] is made._lost
+
+    within(body)
+
+
+def test_so_is_a_link() -> None:
+    async def main() -> None:
+        made = Link(dict(MOCK), asyncio.get_running_loop(), "k")
+        made._on_statistics(ALONE)
+        assert made.lost is None
+        made._on_statistics(ALONE)
+        assert isinstance(made.lost, ConnectionLost)
+        made.close()
+
+    asyncio.run(main())
+
+
+def test_the_statistics_of_a_client_that_has_brokers_show_them() -> None:
+    seen: list[str] = []
+    consumer = Consumer(
+        {**MOCK, "group.id": "g", "log_level": 0, "statistics.interval.ms": 50, "stats_cb": seen.append}
+    )
+    consumer.subscribe(["t"])
+    deadline = time.monotonic() + 5
+    while len(seen) < 5 and time.monotonic() < deadline:
+        consumer.poll(0.05)
+    consumer.close()
+    solitude = Solitude()
+    assert len(seen) >= 5 and not any(solitude.shows_in(statistics) for statistics in seen)
 
 
 def test_what_the_client_raises_in_a_member_that_worked_is_a_lost_connection() -> None:
