@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from messaging_sdk import Bus, Queue
+from messaging_sdk import Bus, Destination, Queue
 from messaging_sdk.config import from_url
 from messaging_sdk.registry import make_driver
 
@@ -32,10 +32,15 @@ def publish_one(job: Job) -> Sample:
 
 def publish_windowed(job: Job) -> Sample:
     """`bus.publisher(...)` with a window."""
+    return published(job, _queue(job))
+
+
+def published(job: Job, destination: Destination[Any]) -> Sample:
+    """A windowed publish to `destination`; the clock stops at the last outcome."""
 
     async def main() -> Sample:
-        queue, value, watch = _queue(job), _value(job), Stopwatch()
-        async with Bus(job.url) as bus, bus.publisher(queue, window=WINDOW) as publisher:
+        value, watch = _value(job), Stopwatch()
+        async with Bus(job.url) as bus, bus.publisher(destination, window=WINDOW) as publisher:
             for _ in range(WARM_UP):
                 await publisher.send(value)
             await publisher.flush()

@@ -6,29 +6,15 @@ import asyncio
 
 from messaging_sdk import Bus, Queue, Signal
 
-from .job import CONCURRENCY, WARM_UP, WINDOW, Job, Sample, Stopwatch
+from .job import CONCURRENCY, WINDOW, Job, Sample, Stopwatch
+from .ours import published
 from .peers import beside, ready
 
 
 def queue(job: Job) -> Sample:
-    """`bus.publisher(...)` with a window; each message is settled by a handler in the other process."""
-
-    async def main() -> Sample:
-        watch, destination = Stopwatch(), Queue(job.name, bytes)
-        with beside(job):
-            async with Bus(job.url) as bus, bus.publisher(destination, window=WINDOW) as publisher:
-                for _ in range(WARM_UP):
-                    await publisher.send(job.body)
-                await publisher.flush()
-                watch.start()
-                for _ in range(job.count):
-                    await publisher.send(job.body)
-                await publisher.flush()
-                sample = watch.stop(job.count)
-            assert publisher.sent == WARM_UP + job.count, publisher.failed[:1]
-            return sample
-
-    return asyncio.run(main())
+    """A windowed publish; each message is settled by a handler in the other process."""
+    with beside(job):
+        return published(job, Queue(job.name, bytes))
 
 
 def peer_queue(job: Job) -> None:
@@ -41,19 +27,8 @@ def peer_queue(job: Job) -> None:
 
 
 def signal_send(job: Job) -> Sample:
-    async def main() -> Sample:
-        watch, destination = Stopwatch(), Signal(job.name, bytes)
-        with beside(job):
-            async with Bus(job.url) as bus, bus.publisher(destination, window=WINDOW) as publisher:
-                await publisher.send(job.body)
-                await publisher.flush()
-                watch.start()
-                for _ in range(job.count):
-                    await publisher.send(job.body)
-                await publisher.flush()
-                return watch.stop(job.count)
-
-    return asyncio.run(main())
+    with beside(job):
+        return published(job, Signal(job.name, bytes))
 
 
 def peer_signal_send(job: Job) -> None:

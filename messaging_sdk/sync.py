@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar, overload
+from typing import Any, Final, Generic, Self, TypeVar, overload
 
 from . import bus as _async
 from .capabilities import Capabilities, Needs
@@ -403,15 +403,15 @@ class Delivery(Generic[T]):
         return repr(self._delivery)
 
 
-class Stream(Generic[M]):
-    """See messaging_sdk.Stream."""
+class _Block:
+    """A block of the async face, entered and left on the loop thread."""
 
-    def __init__(self, bus: Bus, stream: AsyncStream[Any]) -> None:
+    def __init__(self, bus: Bus, inner: AsyncStream[Any] | AsyncReplay[Any]) -> None:
         self._bus = bus
-        self._stream = stream
+        self._inner = inner
 
-    def __enter__(self) -> Stream[M]:
-        self._bus._call(self._stream.__aenter__(), self._bus._bus.timeout_s * 4)
+    def __enter__(self) -> Self:
+        self._bus._call(self._inner.__aenter__(), self._bus._bus.timeout_s * 4)
         return self
 
     def __exit__(
@@ -420,7 +420,15 @@ class Stream(Generic[M]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bus._call(self._stream.__aexit__(None, None, None), 10.0)
+        self._bus._call(self._inner.__aexit__(None, None, None), 10.0)
+
+
+class Stream(_Block, Generic[M]):
+    """See messaging_sdk.Stream."""
+
+    def __init__(self, bus: Bus, stream: AsyncStream[Any]) -> None:
+        super().__init__(bus, stream)
+        self._stream = stream
 
     def __iter__(self) -> Iterator[M]:
         while True:
@@ -446,24 +454,12 @@ class Stream(Generic[M]):
         return wrapped  # type: ignore[no-any-return]  # M is Delivery[T] or Message[T] by the overloads of consume
 
 
-class Replay(Generic[T]):
+class Replay(_Block, Generic[T]):
     """See messaging_sdk.Replay."""
 
     def __init__(self, bus: Bus, replay: AsyncReplay[T]) -> None:
-        self._bus = bus
+        super().__init__(bus, replay)
         self._replay = replay
-
-    def __enter__(self) -> Replay[T]:
-        self._bus._call(self._replay.__aenter__(), self._bus._bus.timeout_s * 4)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bus._call(self._replay.__aexit__(None, None, None), 10.0)
 
     def __iter__(self) -> Replay[T]:
         return self

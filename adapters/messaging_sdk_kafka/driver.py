@@ -25,7 +25,7 @@ from messaging_sdk.errors import ConfigError, ConnectError, NotFound
 from . import options as kafka
 from .errors import native_of, no_protocol, refusal
 from .options import MESSAGE_ROOM, Options, group_id, promises, topic_name
-from .reader import HistoryReader
+from .reader import HistoryReader, offsets_at
 from .receiver import Member, Receiver
 from .sender import Link, Sender
 
@@ -463,11 +463,7 @@ def producer_config(driver: Driver, *, confirmed: bool) -> dict[str, Any]:
 
 def _ends(topic: str, count: int, client: Consumer) -> list[TopicPartition]:
     """The end of each partition."""
-    found = client.offsets_for_times([TopicPartition(topic, n, OFFSET_END) for n in range(count)], timeout=_ANSWER_S)
-    for partition in found:
-        if partition.error is not None:
-            raise KafkaException(partition.error)
-    return [TopicPartition(topic, p.partition, p.offset) for p in found]
+    return [TopicPartition(topic, p, end) for p, end in offsets_at(client, topic, range(count), OFFSET_END).items()]
 
 
 def _uncommitted(topic: str, count: int, client: Consumer) -> int:

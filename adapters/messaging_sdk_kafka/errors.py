@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException
@@ -60,6 +60,7 @@ TABLE: Final[dict[int, Row]] = {
     KafkaError.TOPIC_EXCEPTION: (ConfigError, False, True, "a topic with the same name in metrics exists (. equals _)"),
     KafkaError._INVALID_ARG: (ConfigError, False, True, "the client does not take this configuration"),
 }  # fmt: skip
+UNKNOWN_TOPIC: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError._UNKNOWN_TOPIC)
 _UNKNOWN: Final[Row] = (ConnectError, True, False, "the broker did not do it")
 
 
@@ -68,16 +69,20 @@ class Solitude:
     stops can answer, for a moment, that its cluster has no brokers (librdkafka issue 5301). Its statistics show it.
     """
 
-    CONFIG: Final[Mapping[str, Any]] = {"statistics.interval.ms": 2000}
-
-    def __init__(self) -> None:
+    def __init__(self, on_error: Callable[[KafkaError], object]) -> None:
+        self._on_error = on_error
         self._alone = 0
 
-    def shows_in(self, statistics: str) -> bool:
-        """Twice in a row there was no broker but those that stand for a role."""
+    def config(self) -> Mapping[str, Any]:
+        """What a client needs to tell of it, within its polls."""
+        return {"statistics.interval.ms": 2000, "stats_cb": self.look}
+
+    def look(self, statistics: str) -> None:
+        """`on_error` when there was twice in a row no broker but those that stand for a role."""
         brokers = json.loads(statistics).get("brokers", {}).values()
         self._alone = 0 if any(b.get("source") in ("learned", "configured") for b in brokers) else self._alone + 1
-        return self._alone > 1
+        if self._alone > 1:
+            self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
 
 def native_of(error: BaseException) -> KafkaError | None:

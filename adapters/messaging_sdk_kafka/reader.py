@@ -18,7 +18,7 @@ from messaging_sdk import spi
 from messaging_sdk.errors import ConnectError, MessagingError, OutOfRange, UsageError
 from messaging_sdk.model import Message
 
-from .errors import TABLE, Solitude, loss, refusal
+from .errors import TABLE, UNKNOWN_TOPIC, Solitude, loss, refusal
 from .receiver import BATCH, message_of
 
 ANSWER_S: Final = 5.0
@@ -27,7 +27,6 @@ CLOSE_POLL_S: Final = 0.01
 _GONE: Final = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 _OF_GROUPS: Final = (KafkaError.GROUP_AUTHORIZATION_FAILED,)
 """The client looks for a coordinator although it joins nothing."""
-_UNKNOWN: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError._UNKNOWN_TOPIC)
 
 
 class HistoryReader(spi.Reader):
@@ -40,10 +39,8 @@ class HistoryReader(spi.Reader):
         self._topic = topic
         self._topic_id = topic_id
         self._what = what
-        self._solitude = Solitude()
         own = {
-            **Solitude.CONFIG,
-            "stats_cb": self._on_statistics,
+            **Solitude(self._on_error).config(),
             "group.id": "messaging-sdk-reader",  # the client wants one; it is never joined
             "enable.auto.commit": False,
             "enable.partition.eof": True,
@@ -101,14 +98,9 @@ class HistoryReader(spi.Reader):
 
     def _offsets(self, partitions: Iterable[int], moment: int) -> dict[int, int]:
         """Of the first message at `moment` (ms since the epoch) or later, of each partition; -1 = none."""
-        asked = [TopicPartition(self._topic, p, moment) for p in partitions]
         if self._closer is not None:
             raise loss(None, self._what)
-        found = self._consumer.offsets_for_times(asked, timeout=ANSWER_S)
-        for partition in found:
-            if partition.error is not None:
-                raise KafkaException(partition.error)
-        return {p.partition: p.offset for p in found}
+        return offsets_at(self._consumer, self._topic, partitions, moment)
 
     async def read(self) -> Message[Any] | None:
         while True:
@@ -175,7 +167,7 @@ class HistoryReader(spi.Reader):
             return self._gone(partition, "retention was faster than this reader")
         if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
             return refusal(error, self._what)
-        if code in _OF_GROUPS or (code in TABLE and code not in _UNKNOWN and not error.fatal()):
+        if code in _OF_GROUPS or (code in TABLE and code not in UNKNOWN_TOPIC and not error.fatal()):
             return None  # the client tries again by itself
         return loss(error, self._what)
 
@@ -187,11 +179,6 @@ class HistoryReader(spi.Reader):
         """Within a poll."""
         if error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
             self._failed = self._failed or loss(error, self._what)
-
-    def _on_statistics(self, statistics: str) -> None:
-        """Within a poll."""
-        if self._solitude.shows_in(statistics):
-            self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
     def position(self) -> str:
         return f"{self._topic_id}/" + ",".join(f"{p}:{offset}" for p, offset in sorted(self._next.items()))
@@ -211,3 +198,13 @@ class HistoryReader(spi.Reader):
     def _close(self) -> None:
         with self._one:
             self._consumer.close()
+
+
+def offsets_at(client: Consumer, topic: str, partitions: Iterable[int], moment: int) -> dict[int, int]:
+    """Of the first message at `moment` (ms since the epoch, OFFSET_BEGINNING or OFFSET_END) or later, of each
+    partition; -1 = none. Raises KafkaException."""
+    found = client.offsets_for_times([TopicPartition(topic, p, moment) for p in partitions], timeout=ANSWER_S)
+    for partition in found:
+        if partition.error is not None:
+            raise KafkaException(partition.error)
+    return {p.partition: p.offset for p in found}

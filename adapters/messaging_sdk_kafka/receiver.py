@@ -22,7 +22,7 @@ from messaging_sdk.spi import Disposition, OnRevoke
 from messaging_sdk.spi import Receiver as ReceiverContract
 from messaging_sdk.threads import Hop
 
-from .errors import TABLE, Solitude, loss, native_of, no_protocol, no_release, refusal
+from .errors import TABLE, UNKNOWN_TOPIC, Solitude, loss, native_of, no_protocol, no_release, refusal
 from .sender import CONTENT_TYPE, CORRELATION, ID, OURS
 
 BATCH: Final = 500
@@ -56,9 +56,8 @@ _LOST: Final = (
 """Answers to a commit that say: these partitions are no longer ours. ILLEGAL_GENERATION and STALE_MEMBER_EPOCH do not:
 the commit met a rebalance, and may be made again when the member has heard of it. Else the client tells of the loss."""
 
-_UNKNOWN: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError._UNKNOWN_TOPIC)
 _UNHEALING: Final = (
-    *_UNKNOWN,
+    *UNKNOWN_TOPIC,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 )
@@ -131,9 +130,9 @@ class Member:
         self._revoke_timeout_s = revoke_timeout_s
         self._loop = asyncio.get_running_loop()
         self._hop = Hop(self._loop)
-        told = {"error_cb": self._on_error, "on_commit": self._on_commit, "stats_cb": self._on_statistics}
-        self._config = {**config, **Solitude.CONFIG, **told}
-        self._solitude = Solitude()
+        self._solitude = Solitude(self._left_alone)
+        told = {"error_cb": self._on_error, "on_commit": self._on_commit}
+        self._config = {**config, **self._solitude.config(), **told}
         self._orders: deque[Callable[[], object]] = deque()
         self._ordered = threading.Event()
         self._claims: dict[int, Claim] = {}
@@ -368,7 +367,7 @@ class Member:
 
     def _is_for_good(self, code: int) -> bool:
         """Is one of `_UNHEALING` so? A broker that has just come up may not know all topics yet."""
-        if code not in _UNKNOWN:
+        if code not in UNKNOWN_TOPIC:
             return True
         end = time.monotonic() + UNKNOWN_S
         while not self._leaving and time.monotonic() < end:
@@ -385,10 +384,10 @@ class Member:
         elif error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
             self._lose(error)
 
-    def _on_statistics(self, statistics: str) -> None:
+    def _left_alone(self, error: KafkaError) -> None:
         """Within a poll."""
-        if self._joined_s and self._solitude.shows_in(statistics):
-            self._lose(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+        if self._joined_s:
+            self._lose(error)
 
     def _lose(self, error: KafkaError) -> None:
         if self._lost is None:

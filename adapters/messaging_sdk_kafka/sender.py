@@ -50,9 +50,8 @@ class Link:
         self.hop = Hop(loop)
         self._what = what
         self._ended = False
-        self._solitude = Solitude()
-        told = {"error_cb": self._on_error, "stats_cb": self._on_statistics}
-        self.producer = Producer({**config, **Solitude.CONFIG, **told})
+        self._solitude = Solitude(self._on_error)
+        self.producer = Producer({**config, **self._solitude.config(), "error_cb": self._on_error})
         self.thread = threading.Thread(target=self._serve, name="messaging-sdk-kafka-sender", daemon=True)
         self.thread.start()
 
@@ -81,11 +80,6 @@ class Link:
         self.trouble = error.str()
         if self.lost is None and error.code() == KafkaError._ALL_BROKERS_DOWN:
             self.lost = loss(error, self._what)
-
-    def _on_statistics(self, statistics: str) -> None:
-        """On the thread."""
-        if self._solitude.shows_in(statistics):
-            self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
     def tell(self, call: Callable[..., object], *args: Any) -> None:
         """From the thread: run `call(*args)` on the opener's loop, in order."""

@@ -373,9 +373,9 @@ def test_a_member_that_is_left_without_brokers_is_lost_although_the_client_does_
         told = noting(made)
         made._joined_s = 1.0
         for statistics in (ALONE, ACCOMPANIED, ALONE):
-            made._on_statistics(statistics)
+            made._solitude.look(statistics)
         assert made._lost is None
-        made._on_statistics(ALONE)
+        made._solitude.look(ALONE)
         assert type(made._lost) is ConnectionLost and told[-1][1] is made._lost
 
     within(body)
@@ -384,9 +384,9 @@ def test_a_member_that_is_left_without_brokers_is_lost_although_the_client_does_
 def test_so_is_a_link() -> None:
     async def main() -> None:
         made = Link(dict(MOCK), asyncio.get_running_loop(), "k")
-        made._on_statistics(ALONE)
+        made._solitude.look(ALONE)
         assert made.lost is None
-        made._on_statistics(ALONE)
+        made._solitude.look(ALONE)
         assert isinstance(made.lost, ConnectionLost)
         made.close()
 
@@ -403,8 +403,11 @@ def test_the_statistics_of_a_client_that_has_brokers_show_them() -> None:
     while len(seen) < 5 and time.monotonic() < deadline:
         consumer.poll(0.05)
     consumer.close()
-    solitude = Solitude()
-    assert len(seen) >= 5 and not any(solitude.shows_in(statistics) for statistics in seen)
+    told: list[KafkaError] = []
+    solitude = Solitude(told.append)
+    for statistics in seen:
+        solitude.look(statistics)
+    assert len(seen) >= 5 and not told
 
 
 def test_what_the_client_raises_in_a_member_that_worked_is_a_lost_connection() -> None:
