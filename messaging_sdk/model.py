@@ -131,6 +131,8 @@ class Meta:
     content_type: str | None = None
     correlation_id: str | None = None
     created_s: float | None = None
+    id: str = ""
+    """Where an adapter finds the message's id among all this; `Message.id` is then decoded on first use, too."""
 
 
 NO_META: Final = Meta()
@@ -143,21 +145,30 @@ class Message(Generic[T]):
     the adapter for a foreign message that has none. `headers` are exactly the publisher's.
     """
 
-    __slots__ = ("_meta", "body", "data", "id", "key")
+    __slots__ = ("_id", "_meta", "body", "data", "key")
 
     data: T
 
     def __init__(
         self,
         body: bytes,
-        id: str,
+        id: str | None,
         key: str | None = None,
         meta: Meta | Callable[[], Meta] = NO_META,
     ) -> None:
+        """`id` None: it is `meta`'s."""
         self.body = body
-        self.id = id
+        self._id = id
         self.key = key
         self._meta = meta
+
+    @property
+    def id(self) -> str:
+        """The publisher's message id, or the adapter's for a foreign message."""
+        id = self._id
+        if id is None:
+            id = self._id = self.meta.id
+        return id
 
     @property
     def meta(self) -> Meta:
@@ -212,7 +223,7 @@ class Delivery(Message[T]):
     def __init__(
         self,
         body: bytes,
-        id: str,
+        id: str | None,
         key: str | None = None,
         meta: Meta | Callable[[], Meta] = NO_META,
         *,
@@ -223,7 +234,7 @@ class Delivery(Message[T]):
         native: Any = None,
     ) -> None:
         self.body = body
-        self.id = id
+        self._id = id
         self.key = key
         self._meta = meta
         self.receipt = receipt

@@ -20,7 +20,7 @@ from messaging_sdk_contract.harness import Environment, NativeMessage, Refusal
 from messaging_sdk_contract.proxy import TcpProxy
 
 from .options import group_id, topic_name
-from .receiver import ahead_of, id_of, meta_of
+from .receiver import ahead_of, meta_of
 from .sender import ID
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Harness(harness.ContainerHarness):
                 if record is not None and record.error() is None:
                     consumer.commit(message=record, asynchronous=False)
                     plain = {n: v for n, v in meta_of(record).headers.items() if not n.startswith("messaging-")}
-                    found.append(NativeMessage(record.value() or b"", plain, id_of(record)))
+                    found.append(NativeMessage(record.value() or b"", plain, meta_of(record).id))
             consumer.close()
             return found
 

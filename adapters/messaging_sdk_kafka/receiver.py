@@ -759,7 +759,7 @@ def ahead_of(position: int, metadata: str | None) -> set[int]:
 def _delivery(record: Record, claim: Claim, offset: int) -> Delivery[Any]:
     return Delivery(
         record.value() or b"",
-        id_of(record),
+        None,
         _key(record),
         partial(meta_of, record),
         receipt=(claim, offset),
@@ -769,7 +769,7 @@ def _delivery(record: Record, claim: Claim, offset: int) -> Delivery[Any]:
 
 
 def message_of(record: Record) -> Message[Any]:
-    return Message(record.value() or b"", id_of(record), _key(record), partial(meta_of, record))
+    return Message(record.value() or b"", None, _key(record), partial(meta_of, record))
 
 
 def _key(record: Record) -> str | None:
@@ -778,26 +778,16 @@ def _key(record: Record) -> str | None:
 
 
 def meta_of(record: Record) -> Meta:
-    """What arrived beside body, id and key."""
+    """What arrived beside body and key. The id is the publisher's; a foreign record's is its place, which stays the
+    same when it comes again."""
     headers: dict[str, str] = {}
     ours: dict[str, str] = {}
-    for name, value in _pairs(record):
+    for name, value in cast("list[tuple[str, str | bytes | None]]", record.headers() or ()):  # never a dict on arrival
         raw = value if isinstance(value, bytes) else (value or "").encode()
         (ours if name in OURS else headers)[name] = raw.decode("utf-8", "replace")
     kind, at_ms = record.timestamp()
-    return Meta(headers, ours.get(CONTENT_TYPE), ours.get(CORRELATION), at_ms / 1000 if kind else None)
-
-
-def id_of(record: Record) -> str:
-    """The publisher's id; of a foreign record its place, which stays the same when it comes again."""
-    for name, value in _pairs(record):  # ours comes first
-        if name == ID and isinstance(value, bytes):
-            return value.decode("utf-8", "replace")
-    return f"{record.topic()}/{record.partition()}/{record.offset()}"
-
-
-def _pairs(record: Record) -> Iterable[tuple[str, str | bytes | None]]:
-    return cast("list[tuple[str, str | bytes | None]]", record.headers() or ())  # never a dict on arrival
+    id = ours.get(ID) or f"{record.topic()}/{record.partition()}/{record.offset()}"
+    return Meta(headers, ours.get(CONTENT_TYPE), ours.get(CORRELATION), at_ms / 1000 if kind else None, id)
 
 
 def _resolve(told: Iterable[tuple[asyncio.Future[Any], object]]) -> None:

@@ -31,7 +31,7 @@ from messaging_sdk import (
     UsageError,
 )
 from messaging_sdk.capabilities import Capabilities
-from messaging_sdk.model import Message
+from messaging_sdk.model import Message, Meta
 
 ORDERED = Queue("work", bytes, key=lambda body: body.decode(), ordered=True)
 
@@ -557,6 +557,54 @@ def test_a_message_whose_settlement_was_lost_is_settled_again_without_a_second_r
         await bench.stop()
 
     law(body)
+
+
+@pytest.mark.parametrize(
+    ("answer", "runs"),
+    [("none", 1), ("late", 1), ("failed", 1), ("recorded", 2)],
+)
+def test_what_was_settled_comes_again_only_where_the_broker_did_not_say_that_it_took_note(
+    answer: str, runs: int
+) -> None:
+    """After a lost connection. Recorded: so this one is another message, which someone gave the same id."""
+
+    def answered(settlements: object) -> asyncio.Future[Any] | None:
+        if answer == "none":
+            return None
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if answer != "late":
+            future.set_result([(0, SettleLost("not yours"))] if answer == "failed" else [])
+        return future
+
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        held.gates["m1"].set()
+        receiver = await bench.start(held)
+        receiver.answers = answered
+        receiver.give("m1")
+        await eventually(lambda: receiver.settled)
+        await turns()
+        receiver.break_with(ConnectionLost("cut"))
+        await eventually(lambda: len(bench.receivers) == 2)
+        bench.receiver.give("m1")
+        await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
+        assert len(held.entered) == runs
+        await bench.stop()
+
+    law(body)
+
+
+def test_an_id_that_the_adapter_left_to_the_rest_is_decoded_on_first_use() -> None:
+    decoded: list[str] = []
+
+    def meta() -> Meta:
+        decoded.append("m1")
+        return Meta(id="m1")
+
+    made = Message[bytes](b"", None, None, meta)
+    assert decoded == []
+    assert (made.id, made.id, made.headers) == ("m1", "m1", {})
+    assert decoded == ["m1"]
 
 
 def test_an_id_that_is_published_again_much_later_is_another_message(monkeypatch: pytest.MonkeyPatch) -> None:

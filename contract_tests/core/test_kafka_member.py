@@ -39,7 +39,6 @@ from messaging_sdk_kafka.receiver import (
     Member,
     Receiver,
     ahead_of,
-    id_of,
     meta_of,
 )
 from messaging_sdk_kafka.sender import Link, Sender
@@ -499,7 +498,7 @@ def test_a_member_that_was_dropped_leaves_without_a_word() -> None:
 
 def test_a_foreign_record_has_its_place_as_id_and_all_its_headers() -> None:
     record: Any = Record(7, [("x", b"1"), ("messaging-id", None)], partition=3)
-    assert id_of(record) == "t/3/7"
+    assert meta_of(record).id == "t/3/7"
     assert dict(meta_of(record).headers) == {"x": "1"}
     assert meta_of(record).created_s == 1.5
 
@@ -513,7 +512,7 @@ def test_our_headers_are_taken_off() -> None:
     ]
     record: Any = Record(0, pairs)
     meta = meta_of(record)
-    assert (id_of(record), meta.content_type, meta.correlation_id) == ("i", "text/plain", "c")
+    assert (meta.id, meta.content_type, meta.correlation_id) == ("i", "text/plain", "c")
     assert dict(meta.headers) == {"x": "\ufffd"}
 
 

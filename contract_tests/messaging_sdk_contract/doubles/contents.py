@@ -45,7 +45,7 @@ def _cut(made: Arrived, entry: Entry) -> None:
 
 def _new_id(made: Arrived, entry: Entry) -> None:
     if entry.deliveries > 1:
-        made.id = f"{made.id}-{entry.deliveries}"
+        made._id = f"{made.id}-{entry.deliveries}"
 
 
 def _other_body(made: Arrived, entry: Entry) -> None:
