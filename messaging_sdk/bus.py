@@ -520,6 +520,30 @@ class Bus(Handlers):
 
     # --- looking
 
+    async def lag(self, destination: Destination[Any], group: str | None = None) -> int:
+        """How many messages `destination` (of a Topic: its `group`) has yet to handle.
+
+        Asked of the backend at each call, for all of its consumers and not only for this bus's; opens the bus if need
+        be. With `capabilities(destination).lag` "unsettled" it counts what waits and what is handed out and not
+        settled (what waits for a retry, too): 0 = all is done. With "waiting" only what no consumer has got. A
+        momentary figure: others publish and settle meanwhile, and where a backend counts late its note on `lag` says
+        so. On an open bus it answers within 10 s, or raises.
+
+        Raises before any byte is sent UsageError for a wrong group, CapabilityError on a Signal and where the backend
+        cannot tell, Closed; then NotFound where what would be counted does not exist (with `provision = "create"` it is
+        made), ConnectError and ConnectionLost when the backend does not answer, AuthError.
+        """
+        group = check_group(destination, group)
+        if isinstance(destination, Signal):
+            remedy = "a Queue or Topic: nothing waits for a Signal's listeners"
+            raise CapabilityError([Unmet(destination.name, "lag", "a Signal", remedy)])
+        wanted = [(destination, {"lag": "waiting"})]
+        self._check_needs(wanted)
+        await self._ready(destination)
+        self._check_needs(wanted)  # again: now narrowed by the live server
+        driver, _ = self._driver_of(destination)
+        return await self._within(driver.lag(destination, group), OPEN_S, f"ask for the lag of {destination}")
+
     def capabilities(self, destination: Destination[Any]) -> Capabilities:
         """What the backend of `destination` promises for it: as configured before `open`, as measured-by-name after."""
         return self._driver_of(destination)[0].capabilities(destination)
@@ -691,6 +715,7 @@ _REASONS: Final = {
     "backlog": "messages wait for their consumer",
     "confirm": "a send is confirmed",
     "groups": "groups are declared or asked for",
+    "lag": "the lag is asked for",
     "order": "ordered=True",
     "order_redelivery": "ordered=True",
     "order_competition": "ordered=True",

@@ -21,6 +21,7 @@ Count = Literal["none", "flag", "exact"]
 Order = Literal["none", "publisher"]
 Compete = Literal["none", "standby", "round_robin", "demand"]
 Groups = Literal["none", "live", "durable"]
+Lag = Literal["none", "waiting", "unsettled"]
 Confirm = Literal["none", "received", "stored", "settled"]
 Durable = Literal["none", "restart", "kill"]
 BatchMode = Literal["sequential", "entries", "atomic"]
@@ -85,6 +86,9 @@ class Capabilities:
     """durable: a declared group gets what was published while it was away; live: only while connected."""
     replay: bool = False
     """What a Topic stores can be read again, from its beginning, a time or a position, whatever its groups settled."""
+    lag: Lag = "none"
+    """What `Bus.lag` counts. waiting: what is stored and handed to no consumer; unsettled: that, and what is handed out
+    and not settled."""
     confirm: Confirm = "none"
     """What a send's OK proves: stored as `ok_means` says, received by the broker, or nothing. settled: every consumer
     that gets a copy has settled it; until then the message lives in its sender, and dies with it unconfirmed."""
@@ -141,6 +145,7 @@ _RANKS: Final[Mapping[str, tuple[str, ...]]] = {
     "order": ("none", "publisher"),
     "compete": ("none", "standby", "round_robin", "demand"),
     "groups": ("none", "live", "durable"),
+    "lag": ("none", "waiting", "unsettled"),
     "confirm": ("none", "received", "stored", "settled"),
     "durable": ("none", "restart", "kill"),
     "batch": ("sequential", "entries", "atomic"),

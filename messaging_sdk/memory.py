@@ -51,6 +51,7 @@ DURABLE: Final = Capabilities(
     backlog=True,
     order="publisher",
     compete="demand",
+    lag="unsettled",
     confirm="stored",
     route_error=True,
     dedup_s=120.0,
@@ -90,6 +91,7 @@ class Switches(BaseModel):
     compete: c.Compete | None = None
     groups: c.Groups | None = None
     replay: bool | None = None
+    lag: c.Lag | None = None
     confirm: c.Confirm | None = None
     route_error: bool | None = None
     durable: c.Durable | None = None
@@ -232,6 +234,11 @@ class Store:
         """When a held entry is taken back."""
         return min(entry.lease_end_s, entry.first_s + self.caps.hold_s)
 
+    def lag(self) -> int:
+        """As `caps.lag` counts."""
+        self.expire()
+        return len(self.waiting) + (len(self.held) if self.caps.lag == "unsettled" else 0)
+
     def accept(self, receiver: MemoryReceiver, entry: Entry) -> bool:
         """Settle as done; False if `receiver` no longer holds it."""
         if entry not in self.held or entry.holder is not receiver:
@@ -348,6 +355,14 @@ class Broker:
         if destination.tag == "queue":
             return (destination.name, None) not in self.stores
         return destination.tag == "topic" and f"topic {destination.name}" not in self.topics
+
+    def store_of(self, destination: Destination[Any], group: str | None) -> Store:
+        """Of a queue or group. Raises NotFound."""
+        key = (destination.name, None) if destination.tag == "queue" else (f"topic {destination.name}", group)
+        store = self.stores.get(key)
+        if store is None:
+            raise NotFound(f"{destination} does not exist in this memory broker; provision it first")
+        return store
 
     def route(self, destination: Destination[Any], message: Outgoing) -> None:
         """Store one accepted message everywhere it belongs."""
@@ -758,10 +773,7 @@ class Driver(AbstractDriver):
         else:
             if destination.tag == "topic" and caps.groups == "live" and group is not None:
                 self.broker.open_group(destination, group, caps)
-            key = (destination.name, None) if destination.tag == "queue" else (f"topic {destination.name}", group)
-            store = self.broker.stores.get(key)
-            if store is None:
-                raise NotFound(f"{destination} does not exist in this memory broker; provision it first")
+            store = self.broker.store_of(destination, group)
             store.join(receiver)
             receiver.store = store
         self.receivers.append(receiver)
@@ -781,6 +793,12 @@ class Driver(AbstractDriver):
         reader = self.reader_class(history, start)
         self.readers.append(reader)
         return reader
+
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        if self.capabilities(destination).lag == "none":
+            return await super().lag(destination, group)
+        await self.open()
+        return self.broker.store_of(destination, group).lag()
 
     def leave(self, receiver: MemoryReceiver) -> None:
         """A receiver's connection is gone."""

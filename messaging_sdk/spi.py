@@ -134,6 +134,15 @@ class Driver(ABC):
         remedy = "a backend that keeps what its groups have settled"
         raise CapabilityError([Unmet(destination.name, "replay", self.name, remedy)])
 
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        """How many messages Queue `destination`, or the `group` of a Topic, has yet to handle, counted as
+        `Capabilities.lag` says; core asks only where it says so. It is asked of the backend at each call, beside
+        senders and receivers, changes nothing there, and may be called concurrently with itself.
+
+        Raises NotFound, ConnectError, ConnectionLost. Reconnects the driver if its connection was lost.
+        """
+        raise CapabilityError([Unmet(destination.name, "lag", self.name, "a backend that counts what it stores")])
+
     @abstractmethod
     async def close(self) -> None:
         """Close all connections. Idempotent, never raises for a broken one; ends promptly when cancelled."""

@@ -186,6 +186,10 @@ class Bus(Handlers):
         """See messaging_sdk.Bus.replay: `with bus.replay(topic) as history: for message in history: ...`."""
         return Replay(self, self._bus.replay(topic, since=since))
 
+    def lag(self, destination: Destination[Any], group: str | None = None) -> int:
+        """See messaging_sdk.Bus.lag."""
+        return self._call(self._bus.lag(destination, group), self._bus.timeout_s * 4)
+
     def capabilities(self, destination: Destination[Any]) -> Capabilities:
         """See messaging_sdk.Bus.capabilities."""
         return self._bus.capabilities(destination)

@@ -10,7 +10,15 @@ from functools import partial
 from typing import Any, ClassVar, Final, TypeVar, cast
 from uuid import uuid4
 
-from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource  # where its type is known; the same as in `admin`
 from confluent_kafka.cimpl import NewTopic
@@ -26,7 +34,7 @@ from . import options as kafka
 from .errors import native_of, no_protocol, refusal
 from .options import MESSAGE_ROOM, Options, group_id, promises, topic_name
 from .reader import HistoryReader, offsets_at
-from .receiver import Member, Receiver
+from .receiver import Member, Receiver, ahead_of
 from .sender import Link, Sender
 
 T = TypeVar("T")
@@ -389,6 +397,13 @@ class Driver(spi.Driver):
             raise
         return reader
 
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        if not destination.settles:
+            return await super().lag(destination, group)
+        topic = topic_name(destination, self._block(destination))
+        count = len((await self._described(self._opened(), topic)).partitions)
+        return await self._in_group(group_id(topic, group), partial(_lag, topic, count))
+
     def _consumer_config(self, group: str, window: int) -> dict[str, Any]:
         options = self._options
         config: dict[str, Any] = self.config() | {
@@ -498,6 +513,23 @@ def _commit_as_stranger(ends: list[TopicPartition], client: Consumer) -> None:
         native = native_of(error)
         if native is None or native.code() not in _LIVELY:
             raise
+
+
+def _lag(topic: str, count: int, client: Consumer) -> int:
+    """The ends are read after the commits are: what is published meanwhile counts, and nothing is counted below 0."""
+    every = range(count)
+    found = client.committed([TopicPartition(topic, p) for p in every], timeout=_ANSWER_S)
+    firsts, ends = (offsets_at(client, topic, every, moment) for moment in (OFFSET_BEGINNING, OFFSET_END))
+    return sum(left_of(at, firsts[at.partition], ends[at.partition]) for at in found)
+
+
+def left_of(committed: TopicPartition, first: int, end: int) -> int:
+    """How many offsets of a log from `first` to before `end` a group has yet to settle. Raises KafkaException."""
+    if committed.error is not None:
+        raise KafkaException(committed.error)
+    start = max(committed.offset, first)  # without a commit, or with one that retention overtook: from the log's start
+    ahead = ahead_of(committed.offset, committed.metadata)
+    return max(0, end - start) - sum(start <= offset < end for offset in ahead)
 
 
 def _bracket(host: str) -> str:

@@ -103,6 +103,8 @@ _NOTES: Final = {
     "order_competition": "per partition only: ordered=True",
     "compete": "partitions are dealt to the members; one that works slowly keeps those it has",
     "replay": "for retention_s, by the messages' own times in milliseconds",
+    "lag": "offsets behind the group's commits, less those that the commits note as settled; offsets that carry no "
+    "message (compacted, aborted, a transaction's marks) count until the group has passed them",
     "durable": "in the page cache of the replicas in sync; min.insync.replicas and replication_factor say of how many",
     "ok_means": "acks=all: in the page cache of all replicas in sync (kafka.apache.org, design, replication)",
     "dedup_s": "the idempotent producer removes its own repeats only",
@@ -139,6 +141,7 @@ def promises(destination: Destination[Any], options: Options, partitions: int) -
         compete="standby" if alone else "round_robin",
         groups="durable" if destination.tag == "topic" else "none",
         replay=destination.tag == "topic",
+        lag="unsettled",
         confirm="stored",
         route_error=True,
         durable="kill",

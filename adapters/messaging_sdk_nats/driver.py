@@ -116,6 +116,7 @@ class Driver(spi.Driver):
             compete="standby" if ordered else "demand",
             groups="durable" if destination.tag == "topic" else "none",
             replay=self._keeps_history(destination),
+            lag="unsettled",
             confirm="stored",
             route_error=True,
             durable="kill" if self._options.storage == "file" else "none",
@@ -189,6 +190,13 @@ class Driver(spi.Driver):
             reader.let_go()
             raise
         return reader
+
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        if not destination.settles:
+            return await super().lag(destination, group)
+        path = f"CONSUMER.INFO.{self._stream(destination)}.{_durable(group)}"
+        found = await self._found(await self._connected(), path, destination)
+        return int(found["num_pending"]) + int(found["num_ack_pending"])
 
     def _keeps_history(self, destination: Destination[Any]) -> bool:
         return destination.tag == "topic" and self._block(destination).retention == "limits"

@@ -365,6 +365,16 @@ class Driver(DriverContract):
         await self._or_undo(home.run(ready(), what), receiver.abandon)
         return receiver
 
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        if not destination.settles:
+            return await super().lag(destination, group)
+        queue = queue_name(self._name(destination), group)
+        what = f"queue {queue!r} of {destination} on {self.address}"
+        wire = await self._wire("consume")  # an alarm blocks those that publish (rabbitmq.com/docs/alarms)
+        asking = self._ask(wire, what, "queue_declare", queue, passive=True)
+        answer = await self._opened_home().run(asking, what)
+        return int(answer.method.message_count)
+
     async def close(self) -> None:
         home, self._home = self._home, None
         if home is None:

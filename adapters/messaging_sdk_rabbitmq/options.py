@@ -104,6 +104,8 @@ _NOTES: Final = {
     "release": "basic.nack(requeue); no delay: RabbitMQ has none before 4.3",
     "count": "x-acquired-count (4.3) or x-delivery-count (4.0), plus 1: every hand-out counts, a hand-back too",
     "hold_s": "the broker's consumer_timeout less a margin; raise it there and as consumer_timeout_s here",
+    "lag": "message-count of a passive queue.declare: messages ready to be handed out (AMQP 0-9-1); what is in a "
+    "consumer's window is not counted",
     "ttl": "per-message expiration: an expired message is dropped when it gets to the head of its queue",
     "delay": "RabbitMQ has no delayed publish without a plugin",
     "priority": "quorum queues have two levels on 4.0 and 32 on 4.3, and they break order",
@@ -153,6 +155,7 @@ def promises(destination: Destination[Any], options: Options) -> Capabilities:
         order_competition=ordered,
         compete="standby" if ordered else "demand",
         groups="durable" if is_topic else "none",
+        lag="waiting",
         confirm="stored",
         route_error=not is_topic or bool(destination.groups),
         durable="kill",

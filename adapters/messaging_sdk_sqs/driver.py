@@ -35,11 +35,18 @@ from .sender import Sender, Target, Terms
 if TYPE_CHECKING:
     from mypy_boto3_sns import SNSClient
     from mypy_boto3_sqs import SQSClient
+    from mypy_boto3_sqs.literals import QueueAttributeNameType
 
 T = TypeVar("T")
 
 NO_BLOCK: Final = sqs.DestinationOptions.model_validate({})
 CONNECTIONS: Final = 500  # kept open; a pool smaller than the threads that use it opens new ones all the time
+COUNTS: Final[list[QueueAttributeNameType]] = [
+    "ApproximateNumberOfMessages",
+    "ApproximateNumberOfMessagesNotVisible",
+    "ApproximateNumberOfMessagesDelayed",
+]
+"""Of a queue: what waits, what is handed out, what is not due yet."""
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_-]*\Z")
 
 
@@ -120,6 +127,14 @@ class Driver(spi.Driver):
         receiver = Receiver(link, link.clients.sqs, url, window, self._options, ordered=destination.ordered)
         receiver.start()
         return receiver
+
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        if not destination.settles:
+            return await super().lag(destination, group)
+        link, name = await self._connected(), self._physical(destination, group)
+        url, look = await self._queue_url(link, name), link.clients.sqs.get_queue_attributes
+        answer = await link.ask(f"look at the queue {name}", look, QueueUrl=url, AttributeNames=COUNTS)
+        return sum(int(answer["Attributes"].get(kind, 0)) for kind in COUNTS)
 
     async def close(self) -> None:
         attempt, link, calls = self._attempt, self._link, self._calls

@@ -67,6 +67,7 @@ QUEUE: Final = Capabilities(
         "order_competition": "one consumer works, under a file lock; the others stand by",
         "compete": "each consumer gives its senders credit",
         "groups": "the sender keeps a copy for each declared group until a member has settled it",
+        "lag": "there is no broker to ask: each sender knows its own messages only",
         "confirm": "ok when every group has settled it",
         "ok_means": "settled: it is done",
         "window": "credit",

@@ -84,8 +84,9 @@ def test_every_public_name_of_the_async_class_is_here_too(asynchronous: type, sy
 
 @pytest.mark.parametrize(
     "name",
-    ["publish", "publisher", "consume", "replay", "close", "run", "consuming", "declare", "include", "on", "__init__"],
-)
+    ["publish", "publisher", "consume", "replay", "lag", "close", "run", "consuming", "declare", "include", "on",
+     "__init__"],
+)  # fmt: skip
 def test_calls_take_the_same_arguments(name: str) -> None:
     def parameters(kind: type) -> list[tuple[str, Any]]:
         return [(p.name, p.default) for p in inspect.signature(getattr(kind, name)).parameters.values()]
@@ -114,6 +115,14 @@ def test_history_is_read_again_without_a_loop() -> None:
             position = history.position
         with bus.replay(NEWS, since=position) as history:
             assert [message.data for message in history] == [b"2", b"3"]
+
+
+def test_the_lag_is_told_without_a_loop() -> None:
+    bus = memory()
+    assert bus.lag(QUEUE) == 0
+    bus.publish(QUEUE, b"x")
+    assert (bus.lag(QUEUE), bus.lag(NEWS, "g")) == (1, 0)
+    bus.close()
 
 
 def test_publish_opens_the_bus() -> None:

@@ -38,8 +38,8 @@ USAGE: Final = 2
 PROCESSES: Final = 6
 """Doubles tried at once: a case waits nine tenths of its time, so two cores take six."""
 
-LIVE_FLIPS: Final = ("count", "release", "ttl", "dedup_s", "route_error", "backlog", "groups", "replay")
-"""Flags that are measured within a second or two on any broker; memory flips every flag."""
+LIVE_FLIPS: Final = ("count", "release", "ttl", "dedup_s", "route_error", "backlog", "groups", "replay", "lag")
+"""Flags that are measured within seconds on any broker; memory flips every flag."""
 BEYOND: Final = ("fsync", "quorum")
 """Values of ok_means that only a power cut could tell from page_cache: a flip to one goes unnoticed."""
 

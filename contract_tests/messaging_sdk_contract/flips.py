@@ -64,6 +64,9 @@ class Flipped(Driver):
     async def open_reader(self, destination: Destination[Any], since: float | str | None) -> Reader:
         return await self._honest.open_reader(destination, since)
 
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        return await self._honest.lag(destination, group)
+
     async def close(self) -> None:
         await self._honest.close()
 

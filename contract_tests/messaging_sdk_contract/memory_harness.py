@@ -22,10 +22,10 @@ _starts: Final = itertools.count()
 _PROFILES: Final[Mapping[str, str]] = {
     # 1 MiB instead of 16: the size ladder of every case would cost seconds.
     "default": "max_body=1048576",
-    # A lease and a window short enough to wait for, and a broker that keeps what it has.
-    "lease": "max_body=1048576&lease=timeout&lease_s=0.8&dedup_s=1&durable=kill&ok_means=page_cache",
+    # A lease and a window short enough to wait for, and a broker that keeps what it has, and counts what waits.
+    "lease": "max_body=1048576&lease=timeout&lease_s=0.8&dedup_s=1&durable=kill&ok_means=page_cache&lag=waiting",
     # The least that still offers a Queue and a Topic: the refusals are what is tested.
-    "minimal": "max_body=1000&replay=false&release=none&count=none&order=none&order_redelivery=false"
+    "minimal": "max_body=1000&replay=false&lag=none&release=none&count=none&order=none&order_redelivery=false"
     "&order_competition=false&compete=round_robin&confirm=received&route_error=false&dedup_s=0"
     "&batch=sequential&ttl=false&delay=false&priority=0&window=false",
 }

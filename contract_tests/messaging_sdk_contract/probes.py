@@ -645,6 +645,49 @@ async def measure_replay(lab: Lab) -> bool:
     return Counter(found) == Counter(bodies)
 
 
+async def measure_lag(lab: Lab) -> str:
+    """Six are stored, two of them handed out, one settled: how many are told of at each step?"""
+    on = await bench(lab)
+    try:
+        await on.driver.lag(on.destination, lab.group)
+    except CapabilityError:
+        return "none"
+    if not await _lags(on, 0, WAIT_S):
+        return f"wrong: {lab.measured['lag']} of an empty one"
+    await on.put(*(on.body(key) for key in "abcdef"))
+    if not await _lags(on, 6, WAIT_S):
+        return f"wrong: {lab.measured['lag']} of 6 stored"
+    tap = await on.tap(window=2)
+    taken = await tap.take(2)
+    assert len(taken) == 2, "nothing arrived"
+    value, out = ("waiting", 2) if await _lags(on, 4, soon(lab), tap) else ("unsettled", 0)
+    if not await _lags(on, 6 - out, WAIT_S, tap):
+        return f"wrong: {lab.measured['lag']} of 6 stored, 2 of them handed out"
+    await tap.settle(ACCEPT, taken[0])
+    assert len(await tap.take(3)) == 3, "nothing follows a settlement"
+    if not await _lags(on, 5 - out, WAIT_S):
+        return f"wrong: {lab.measured['lag']} of 6 stored, one of them settled"
+    return value
+
+
+async def _lags(on: Bench, count: int, wait_s: float, tap: Tap | None = None) -> bool:
+    """Is that many told of within `wait_s`, and still so a moment later? A broker may be late. `tap` keeps leases."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        for _ in range(2):
+            if tap is not None and isinstance(tap.receiver, Leased):
+                tap.receiver.extend_batch([delivery.receipt for _, delivery in tap.got])
+            found = on.lab.measured["lag"] = await on.driver.lag(on.destination, on.lab.group)
+            if found != count:
+                break
+            await asyncio.sleep(on.lab.harness.quiet_s / 2)
+        else:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.05)
+
+
 async def measure_confirm(lab: Lab) -> str:
     """At the moment of each ok, is the message there? And does a dead connection still say ok?"""
     if await _ok_only_when_settled(lab):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import contents, history, order, publishing, settling, sharing
+from . import contents, counting, history, order, publishing, settling, sharing
 from .planting import Double
 
 __all__ = ["DOUBLES", "Double", "double"]
@@ -21,6 +21,7 @@ DOUBLES: Final[tuple[Double, ...]] = (
     *publishing.DOUBLES,
     *contents.DOUBLES,
     *history.DOUBLES,
+    *counting.DOUBLES,
 )
 
 

@@ -10,11 +10,14 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
 from messaging_sdk import Bus, Capabilities, Delivery, Destination
+from messaging_sdk.config import from_mapping
+from messaging_sdk.registry import driver_class
+from messaging_sdk.spi import Driver
 
 from ..lab import PATIENCE_S, Arrival, Lab, eventually
 
@@ -105,6 +108,28 @@ async def publish_all(bus: Bus, destination: Destination[Any], values: Iterable[
         for value in values:
             await publisher.send(value, **options)
     assert not publisher.failed, f"{len(publisher.failed)} sends failed: {publisher.failed[:2]}"
+
+
+def driver_class_of(lab: Lab) -> type[Driver]:
+    return driver_class(from_mapping(lab.harness.settings()).backends["test"].address.scheme)
+
+
+@contextmanager
+def dialled_by(lab: Lab) -> Iterator[list[Driver]]:
+    """Every driver of the backend under test whose `open` is called meanwhile."""
+    opened: list[Driver] = []
+    driver = driver_class_of(lab)
+    honest = driver.open
+
+    async def spying(self: Driver) -> None:
+        opened.append(self)
+        await honest(self)
+
+    driver.open = spying  # type: ignore[method-assign]
+    try:
+        yield opened
+    finally:
+        driver.open = honest  # type: ignore[method-assign]
 
 
 def lease_of(caps: Capabilities) -> float:

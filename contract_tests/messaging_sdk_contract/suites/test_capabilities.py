@@ -33,13 +33,11 @@ from messaging_sdk import (
 )
 from messaging_sdk.capabilities import FLAGS, NOTHING
 from messaging_sdk.config import from_mapping
-from messaging_sdk.registry import driver_class
-from messaging_sdk.spi import Driver
 
 from ..cases import FAULT_LIMIT_S, SETTLED, case
 from ..lab import Kind, Lab, eventually, key_before_colon, refusal_of
 from ..probes import PROBES, agree
-from . import real, silence
+from . import dialled_by, driver_class_of, real, silence
 
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "delay": {"delay": 0.2},
@@ -74,9 +72,9 @@ async def test_cap_02_what_cannot_be_kept_is_refused_before_any_io(lab: Lab) -> 
     """All unmet needs of all destinations come in one CapabilityError, before the backend is dialled."""
     destination = lab.destination()
     settings = from_mapping(lab.harness.settings())
-    before_open = _driver_class(lab)(
+    before_open = driver_class_of(lab)(
         settings.backends["test"].address,
-        _driver_class(lab).Options.model_validate(settings.backends["test"].options),
+        driver_class_of(lab).Options.model_validate(settings.backends["test"].options),
         {},
     ).capabilities(destination)
     known_before = bool(refusal_of(before_open, lab.kind))
@@ -86,7 +84,7 @@ async def test_cap_02_what_cannot_be_kept_is_refused_before_any_io(lab: Lab) -> 
         lab.not_run("a Signal has no needs that this backend refuses")
     bus = lab.bus(needs=needs)
     bus.declare(destination)
-    with _opened(_driver_class(lab)) as dialled, pytest.raises(CapabilityError) as caught:
+    with dialled_by(lab) as dialled, pytest.raises(CapabilityError) as caught:
         await bus.open()
     assert all(item.destination == destination.name and item.remedy for item in caught.value.unmet)
     if refused:
@@ -309,30 +307,8 @@ class Script:
 # --- helpers -------------------------------------------------------------------------------------
 
 
-def _driver_class(lab: Lab) -> type[Driver]:
-    settings = from_mapping(lab.harness.settings())
-    return driver_class(settings.backends["test"].address.scheme)
-
-
 async def _capabilities(lab: Lab, destination: Destination[Any]) -> Any:
     return (await lab.driver()).capabilities(destination)
-
-
-@contextmanager
-def _opened(driver: type[Driver]) -> Iterator[list[Driver]]:
-    """Every driver of that class whose `open` is called meanwhile."""
-    opened: list[Driver] = []
-    honest = driver.open
-
-    async def spying(self: Driver) -> None:
-        opened.append(self)
-        await honest(self)
-
-    driver.open = spying  # type: ignore[method-assign]
-    try:
-        yield opened
-    finally:
-        driver.open = honest  # type: ignore[method-assign]
 
 
 async def _open_error(lab: Lab, backend: Mapping[str, Any]) -> MessagingError | None:
