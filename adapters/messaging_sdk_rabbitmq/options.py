@@ -7,6 +7,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from messaging_sdk.capabilities import Capabilities, HeaderRules
+from messaging_sdk.config import TlsFiles
 from messaging_sdk.destination import Destination
 from messaging_sdk.errors import InvalidDestination
 
@@ -16,7 +17,7 @@ SIGNALS: Final = "amq.direct"
 """The exchange of all signals: the broker's own, so that a signal needs no provisioning and leaves nothing behind."""
 
 
-class Options(BaseModel):
+class Options(TlsFiles):
     """Keys of a `[backends.x]` table, or of the URL's query."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,12 +34,8 @@ class Options(BaseModel):
     """Most signals that wait in a listener, and in its queue; beyond, the oldest are dropped."""
     signal_group_expires_s: float = Field(60.0, ge=1)
     """A signal group's queue that nobody uses goes away after this time."""
-    ca_file: str | None = None
-    """PEM of the authorities to trust; the system's when absent. amqps only, as the next three."""
-    cert_file: str | None = None
-    key_file: str | None = None
     server_name: str | None = None
-    """The name that the server's certificate must have, where it is not the URL's host."""
+    """The name that the server's certificate must have, where it is not the URL's host. amqps only, as the files."""
 
 
 class DestinationOptions(BaseModel):

@@ -27,7 +27,7 @@ from messaging_sdk.config import (
     parse_address,
     seconds,
 )
-from messaging_sdk.registry import register
+from messaging_sdk.registry import make_driver, register
 
 SECRET = "S3CR3T"
 
@@ -342,6 +342,13 @@ def test_a_tls_key_without_its_certificate_is_refused() -> None:
     with pytest.raises(ValidationError, match="key_file needs cert_file"):
         TlsFiles(key_file="key.pem")
     assert TlsFiles(key_file="key.pem", cert_file="cert.pem").key_file == "key.pem"
+
+
+@pytest.mark.parametrize("url", ["amqps://shop@mq", "nats+tls://shop@mq", "kafka+tls://shop@mq"])
+def test_every_adapter_with_client_certificates_refuses_a_key_alone(url: str) -> None:
+    settings = from_mapping({"backends": {"work": {"url": url, "key_file": "key.pem"}}, "routes": {"*": "work"}})
+    with pytest.raises(ConfigError, match="key_file needs cert_file"):
+        make_driver(settings.backends["work"], settings)
 
 
 @pytest.mark.parametrize(
