@@ -44,6 +44,8 @@ LEAVE_S: Final = 5.0
 REACH_S: Final = 1.0
 """Longest wait for an answer of the broker that is of use, but not needed."""
 RETRY_COMMIT_S: Final = 0.05
+REFUSED_S: Final = 60.0
+"""How long a broker may refuse commits until the receiver is given up for it: core says so and opens another."""
 UNKNOWN_S: Final = 3.0
 """How long a topic may be unknown to a broker until it is taken for deleted; the producer waits as long."""
 _VERSION: Final = "ahead1:"
@@ -56,6 +58,12 @@ _LOST: Final = (
 """Answers to a commit that say: these partitions are no longer ours. ILLEGAL_GENERATION and STALE_MEMBER_EPOCH do not:
 the commit met a rebalance, and may be made again when the member has heard of it. Else the client tells of the loss."""
 
+_REBALANCES: Final = (
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.STALE_MEMBER_EPOCH,
+)
+"""Answers to a commit that end with the rebalance, which takes as long as the slowest member."""
 _UNHEALING: Final = (
     *UNKNOWN_TOPIC,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -150,6 +158,7 @@ class Member:
         self._settled: list[Answers] = []  # recorded here, in no commit yet
         self._commit: tuple[list[tuple[Claim, int]], list[Answers]] | None = None
         self._next_commit_s = 0.0
+        self._refused_since_s: float | None = None
         self.thread = threading.Thread(target=self._main, name="messaging-sdk-kafka-receiver", daemon=True)
 
     def order(self, work: Callable[[], object]) -> None:
@@ -469,6 +478,7 @@ class Member:
             problem = errors.get(claim.partition, error)
             claim.ledger.end_commit(stored=problem is None)
             if problem is None:
+                self._refused_since_s = None
                 continue
             if problem.code() in _LOST:
                 gone.append(claim)
@@ -492,6 +502,12 @@ class Member:
         """What to do otherwise when a refused commit is made again."""
         if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
             self._is_noteless = True
+        if error.code() in _REBALANCES:
+            return
+        now = time.monotonic()
+        self._refused_since_s = self._refused_since_s or now
+        if now - self._refused_since_s > REFUSED_S:
+            self._lose(error)
 
     def _commit_now(self, ending: Sequence[Claim] | None = None) -> bool:
         """Commit all that is settled and wait for it; was it recorded? If not, those of `ending` (all) are lost."""

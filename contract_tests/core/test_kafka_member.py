@@ -311,6 +311,33 @@ def test_a_commit_that_will_never_be_allowed_ends_the_receiver() -> None:
     within(body)
 
 
+@pytest.mark.parametrize(("code", "is_given_up"), [("UNKNOWN", True), ("REBALANCE_IN_PROGRESS", False)])
+def test_a_broker_that_goes_on_refusing_commits_costs_the_connection_a_rebalance_does_not(
+    code: str, is_given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("messaging_sdk_kafka.receiver.REFUSED_S", 0.02)
+
+    def body() -> None:
+        made, _, claim = member(window=10)
+        made._joined_s = 1.0
+        made._take(records(0))
+        settled(made, claim, 0)
+
+        def refused() -> bool:
+            made._next_commit_s = 0.0
+            made._begin_commit()
+            made._on_commit(KafkaError(getattr(KafkaError, code)), [TopicPartition("t", 0, 1)])
+            return made._lost is not None
+
+        assert not refused(), "once is no reason"
+        time.sleep(0.03)
+        assert refused() is is_given_up
+        if is_given_up:
+            assert isinstance(made._lost, ConnectionLost) and code in str(made._lost)
+
+    within(body)
+
+
 class Failed(Record):
     """An error in place of a record."""
 
