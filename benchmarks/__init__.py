@@ -1,1 +1,1 @@
-"""Measures this SDK beside the raw clients and FastStream, in one run; see README.md."""
+"""Measures this SDK beside the raw clients, FastStream, Kombu and mq-bridge, in one run; see README.md."""

@@ -37,13 +37,14 @@ class Broker:
     async def prepare(self, job: Job) -> None:
         """Make the job's queue by our provisioning, and for `consume` put its messages there.
 
-        Those for the raw client are published by it: our headers would cost it time that its users do not spend.
+        Those for the other clients are published by the raw one: our headers would cost them time that their users do
+        not spend. FastStream needs one of them, and Kombu on SQS an envelope of its own.
         """
         from . import ours
 
         if self.name == "zeromq":
             return
-        if job.work == "consume" and job.client not in ("usual", "best"):
+        if job.work == "consume" and job.client in ("ours", "ours_model", "faststream"):
             await ours.fill(job)
             return
         await ours.provision(job)
@@ -53,6 +54,10 @@ class Broker:
             from . import raw_nats
 
             await raw_nats.fill(job)
+        elif self.name == "sqs" and job.client == "kombu":
+            from . import with_kombu
+
+            with_kombu.fill(job)
         elif self.name == "sqs":
             from . import raw_sqs
 

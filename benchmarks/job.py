@@ -33,7 +33,7 @@ class Job:
     work: str
     """publish_one, publish_windowed, consume or latency; on ZeroMQ queue, signal_send or signal_receive."""
     client: str
-    """usual, best, ours, ours_model or faststream."""
+    """usual, best, ours, ours_model, faststream, kombu or mq_bridge."""
     size: int
     count: int
     url: str = ""

@@ -240,6 +240,13 @@ async def _latency(job: Job, listen: Listen) -> Sample:
     return sample
 
 
+async def delete_durable(job: Job) -> None:
+    """Make room for another client's consumer."""
+    client = await nats.connect(job.url)
+    await client.jetstream().delete_consumer(job.stream, DURABLE)
+    await client.close()
+
+
 async def fill(job: Job) -> None:
     """Put the messages of `job` into its stream, as nats-py's users would: without headers."""
     if job.count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import boto3
@@ -14,11 +14,27 @@ TEN: Final = 10
 """Entries of a batch request, at most."""
 
 
+class Access(NamedTuple):
+    """What a URL of ours says: `sqs://key:secret@region/?endpoint=...`."""
+
+    key: str
+    secret: str
+    region: str
+    endpoint: str
+
+    @classmethod
+    def of(cls, url: str) -> Access:
+        parts = urlsplit(url)
+        return cls(
+            parts.username or "", parts.password or "", parts.hostname or "", parse_qs(parts.query)["endpoint"][0]
+        )
+
+
 def client(url: str) -> Any:
-    """boto3's client for a URL of ours, `sqs://key:secret@region/?endpoint=...`."""
-    parts = urlsplit(url)
-    session = boto3.session.Session(parts.username, parts.password, region_name=parts.hostname)
-    return session.client("sqs", endpoint_url=parse_qs(parts.query)["endpoint"][0])
+    """boto3's client for a URL of ours."""
+    access = Access.of(url)
+    session = boto3.session.Session(access.key, access.secret, region_name=access.region)
+    return session.client("sqs", endpoint_url=access.endpoint)
 
 
 def queue_url(sqs: Any, job: Job) -> str:

@@ -28,6 +28,13 @@ _MODULES: Final = {
     ("zeromq", "ours"): "ours_zeromq",
     ("rabbitmq", "faststream"): "with_faststream",
     ("nats", "faststream"): "with_faststream",
+    ("rabbitmq", "kombu"): "with_kombu",
+    ("sqs", "kombu"): "with_kombu",
+    ("rabbitmq", "mq_bridge"): "with_mq_bridge",
+    ("nats", "mq_bridge"): "with_mq_bridge",
+    ("sqs", "mq_bridge"): "with_mq_bridge",
+    ("kafka", "mq_bridge"): "with_mq_bridge",
+    ("zeromq", "mq_bridge"): "with_mq_bridge",
 }
 
 
@@ -47,9 +54,12 @@ def measuring(job: Job) -> Callable[[Job], Sample]:
     return cast("Callable[[Job], Sample]", getattr(module, prefix + job.work))
 
 
+def module_name(broker: str, client: str) -> str:
+    return _MODULES.get((broker, client), "core_only" if broker == "core" else "ours")
+
+
 def _module_of(job: Job) -> ModuleType:
-    name = _MODULES.get((job.broker, job.client), "core_only" if job.broker == "core" else "ours")
-    return importlib.import_module(f"benchmarks.{name}")
+    return importlib.import_module(f"benchmarks.{module_name(job.broker, job.client)}")
 
 
 if __name__ == "__main__":
