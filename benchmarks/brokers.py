@@ -38,7 +38,7 @@ class Broker:
         """Make the job's queue by our provisioning, and for `consume` put its messages there.
 
         Those for the other clients are published by the raw one: our headers would cost them time that their users do
-        not spend. FastStream needs one of them, and Kombu on SQS an envelope of its own.
+        not spend. FastStream needs a header, and Kombu on SQS an envelope of its own.
         """
         from . import ours
 
