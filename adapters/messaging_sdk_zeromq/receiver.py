@@ -7,10 +7,10 @@ import logging
 import secrets
 import struct
 from asyncio import Future
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
@@ -32,7 +32,7 @@ TURN_S: Final = 0.05  # between looks whether the one that works has gone
 REMEMBERED: Final = 20_000  # settled ids whose settlement may be lost with a link
 
 Known = tuple[str, float]  # id and creation time: an id that is published again is another message
-Receipt = tuple["Peer", int, int, Known]  # session, frame, index in it, message
+Receipt = tuple["Given", int]  # frame, index in it
 
 
 class Peer(Session):
@@ -66,8 +66,8 @@ class Block:
             raise ValueError("columns of different lengths")
         for name in self.rest.keys() & {"k", "c", "h", "t"}:
             column, kind = self.rest[name], dict if name == "h" else str
-            if name == "t" and not isinstance(column, list):
-                column = [column] * len(sizes)
+            if name == "t" and (column is None or isinstance(column, str)):
+                continue
             fits = isinstance(column, list) and len(column) == len(sizes)
             if not (fits and all(cell is None or isinstance(cell, kind) for cell in column)):
                 raise ValueError(f"column {name!r} does not fit")
@@ -86,6 +86,34 @@ class Block:
         )
 
 
+class Given:
+    """One frame of a session, as long as a message of it is unsettled."""
+
+    __slots__ = ("block", "frame", "peer")
+
+    def __init__(self, peer: Peer, frame: int, block: Block) -> None:
+        self.peer = peer
+        self.frame = frame
+        self.block = block
+
+
+class Settled:
+    """Whose sender has perhaps not heard of it: the last `REMEMBERED` messages at least, twice as many at most."""
+
+    def __init__(self) -> None:
+        self._recent: dict[Known, bytes] = {}  # -> sender
+        self._older: dict[Known, bytes] = {}
+
+    def add(self, sender: bytes, messages: Iterable[Known]) -> None:
+        self._recent.update(dict.fromkeys(messages, sender))
+        if len(self._recent) > REMEMBERED:
+            self._recent, self._older = {}, self._recent
+
+    def has(self, sender: bytes, message: Known) -> bool:
+        """Without a creation time nobody knows whether it is the same message."""
+        return bool(message[1]) and self._recent.get(message, self._older.get(message)) == sender
+
+
 class Waiting(Receiver):
     """What both receivers share: a buffer that `receive_batch` waits for, and an end."""
 
@@ -94,7 +122,7 @@ class Waiting(Receiver):
         self._place = place
         self._group = group
         self._loop = asyncio.get_running_loop()
-        self._buffer: deque[Any] = deque()
+        self._buffer: deque[list[Any]] = deque()  # what came in one frame stays together
         self._waiter: Future[None] | None = None
         self._ended = False
         self._instance = secrets.token_hex(6)
@@ -140,8 +168,17 @@ class Waiting(Receiver):
             await self._waiter
 
     def _take(self, count: int) -> list[Any]:
-        buffer = self._buffer
-        return [buffer.popleft() for _ in range(min(count, len(buffer)))]
+        return [*chain.from_iterable(self._pieces(count))]
+
+    def _pieces(self, count: int) -> Iterator[list[Any]]:
+        """Up to `count` of what is buffered, each piece from one frame."""
+        while count > 0 and self._buffer:
+            piece = self._buffer.popleft()
+            if len(piece) > count:
+                self._buffer.appendleft(piece[count:])
+                del piece[count:]
+            count -= len(piece)
+            yield piece
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -177,7 +214,7 @@ class QueueReceiver(Waiting):
         self._standing: asyncio.Task[None] | None = None
         self._farewell: Future[None] | None = None
         self._leaving: set[bytes] = set()
-        self._settled: dict[Known, bytes] = {}  # -> sender, oldest first
+        self._settled = Settled()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
 
@@ -269,31 +306,29 @@ class QueueReceiver(Waiting):
             return
         (attempt,) = struct.unpack("<I", parts[0])
         block = Block(parts[1:])
-        again, meta = attempt > 1, block.meta
+        again, meta, given = attempt > 1, block.meta, Given(peer, frame, block)
         arrived: list[Delivery[Any]] = [
             Delivery(
-                body, id, key, partial(meta, index), receipt=(peer, frame, index, (id, at)), session=peer,
+                body, id, key, partial(meta, index), receipt=(given, index), session=peer,
                 deliveries=attempt, redelivered=again,
             )
-            for index, (body, id, key, at) in enumerate(
-                zip(block.bodies, block.ids, block.keys(), block.created, strict=True)
-            )
+            for index, (body, id, key) in enumerate(zip(block.bodies, block.ids, block.keys(), strict=True))
         ]  # fmt: skip
         if again:
-            arrived = self._not_settled(peer, frame, arrived)
+            arrived = self._not_settled(given, arrived)
         if self._stopped:
             self._hand_back(arrived)
-        else:
-            self._buffer.extend(arrived)
+        elif arrived:
+            self._buffer.append(arrived)
 
-    def _not_settled(self, peer: Peer, frame: int, arrived: list[Delivery[Any]]) -> list[Delivery[Any]]:
+    def _not_settled(self, given: Given, arrived: list[Delivery[Any]]) -> list[Delivery[Any]]:
         """Say again what was settled here and was lost with a link; return the rest."""
-        settled = self._settled  # without a creation time nobody knows whether it is the same message
-        done = [d.receipt[2] for d in arrived if d.receipt[3][1] and settled.get(d.receipt[3]) == peer.sender]
+        known = zip(given.block.ids, given.block.created, strict=True)
+        done = [index for index, message in enumerate(known) if self._settled.has(given.peer.sender, message)]
         if done:
-            self._tell({(peer, frame): done}, {})
+            self._tell({given: done}, {})
         gone = set(done)
-        return [d for d in arrived if d.receipt[2] not in gone]
+        return [d for d in arrived if d.receipt[1] not in gone]
 
     def _gone(self, identity: bytes) -> None:
         """A sender left, died, or calls again: what it has is its own again."""
@@ -307,7 +342,7 @@ class QueueReceiver(Waiting):
         peer.closing = peer.lost = True
         self._say(identity, b"?", peer.number, 0)  # it may only have stood still, and think that all is well
         self._out -= peer.out
-        self._buffer = deque(d for d in self._buffer if d.session is not peer)
+        self._buffer = deque(piece for piece in self._buffer if piece[0].session is not peer)
         self._background(self._revoke(peer))
         self._share_credit()
         self._wake()
@@ -320,14 +355,12 @@ class QueueReceiver(Waiting):
     def _take(self, count: int) -> list[Any]:
         if self._failure is not None:
             raise self._failure
-        room = min(count, self._window - self._out, len(self._buffer))
-        if room <= 0 or self._stopped:
-            return []
-        buffer = self._buffer
-        taken = [buffer.popleft() for _ in range(room)]
-        self._out += room
-        for delivery in taken:
-            delivery.session.out += 1
+        taken: list[Any] = []
+        if not self._stopped:
+            for piece in self._pieces(min(count, self._window - self._out)):
+                piece[0].session.out += len(piece)
+                taken += piece
+            self._out += len(taken)
         return taken
 
     def settle_batch(
@@ -336,31 +369,28 @@ class QueueReceiver(Waiting):
         if self._ended:
             raise errors.closed(self._place.name)
         failed: list[tuple[int, MessagingError]] = []
-        accepted: dict[tuple[Peer, int], list[int]] = {}  # (session, frame) -> indexes
-        released: dict[Peer, list[bytes]] = {}
-        settled = self._settled
-        last = (Peer(b"", b"", 0), 0)
-        run: list[int] = []
-        for at, ((peer, frame, index, known), disposition) in enumerate(settlements):
-            if peer.lost:
+        accepted: dict[Given, list[int]] = {}  # -> indexes
+        released: dict[Given, list[tuple[int, float]]] = {}  # -> indexes with their delays
+        last: Given | None = None
+        lost, run = False, list[int]()
+        for at, ((given, index), disposition) in enumerate(settlements):
+            if given is not last:
+                last, lost, run = given, given.peer.lost, accepted.setdefault(given, [])
+            if lost:
                 failed.append((at, errors.settle_lost()))
-                continue
-            if self._ordered and disposition.kind != "accept":  # later ones of its key are on the way here
-                failed.append((at, errors.absent(self._place.name, "release")))
-                continue
-            peer.out -= 1
-            self._out -= 1
-            if disposition.kind == "accept":
-                if frame != last[1] or peer is not last[0]:
-                    last = (peer, frame)
-                    run = accepted.setdefault(last, [])
+            elif disposition.kind == "accept":
                 run.append(index)
-                settled[known] = peer.sender
+            elif self._ordered:  # later ones of its key are on the way here
+                failed.append((at, errors.absent(self._place.name, "release")))
             else:
-                released.setdefault(peer, []).append(struct.pack("<IId", frame, index, disposition.delay_s))
+                released.setdefault(given, []).append((index, disposition.delay_s))
+        for given, run in accepted.items():
+            ids, created = given.block.ids, given.block.created
+            self._settled.add(given.peer.sender, [(ids[index], created[index]) for index in run])
+            out = len(run) + len(released.get(given, ()))
+            given.peer.out -= out
+            self._out -= out
         self._tell(accepted, released)
-        while len(settled) > REMEMBERED:
-            del settled[next(iter(settled))]
         if self._buffer:
             self._wake()
         if not failed:
@@ -369,16 +399,20 @@ class QueueReceiver(Waiting):
         answer.set_result(failed)
         return answer
 
-    def _tell(self, accepted: dict[tuple[Peer, int], list[int]], released: dict[Peer, list[bytes]]) -> None:
-        by_peer: dict[Peer, list[int]] = {}
-        for (peer, frame), indexes in accepted.items():
-            numbers = by_peer.setdefault(peer, [])
-            numbers += (frame, len(indexes))
-            numbers += indexes
-        for peer, numbers in by_peer.items():
+    def _tell(self, accepted: dict[Given, list[int]], released: dict[Given, list[tuple[int, float]]]) -> None:
+        """One frame for each peer and kind."""
+        done: defaultdict[Peer, list[int]] = defaultdict(list)
+        back: defaultdict[Peer, bytearray] = defaultdict(bytearray)
+        for given, indexes in accepted.items():
+            if indexes:
+                done[given.peer] += (given.frame, len(indexes), *indexes)
+        for given, items in released.items():
+            for index, delay_s in items:
+                back[given.peer] += struct.pack("<IId", given.frame, index, delay_s)
+        for peer, numbers in done.items():
             self._say(peer.identity, b"A", peer.number, 0, struct.pack(f"<{len(numbers)}I", *numbers))
-        for peer, items in released.items():
-            self._say(peer.identity, b"R", peer.number, 0, b"".join(items))
+        for peer, packed in back.items():
+            self._say(peer.identity, b"R", peer.number, 0, bytes(packed))
 
     async def stop(self) -> None:
         self._stopped = True
@@ -387,14 +421,14 @@ class QueueReceiver(Waiting):
         for peer in self._peers.values():
             self._say(peer.identity, b"Q", peer.number, 0)
         buffer, self._buffer = self._buffer, deque()
-        self._hand_back(buffer)
+        self._hand_back(chain.from_iterable(buffer))
 
-    def _hand_back(self, deliveries: Sequence[Delivery[Any]] | deque[Any]) -> None:
+    def _hand_back(self, deliveries: Iterable[Delivery[Any]]) -> None:
         """Give back what was never handed out; that is no delivery, hence the negative delay."""
-        returned: dict[Peer, list[bytes]] = {}
+        returned: defaultdict[Given, list[tuple[int, float]]] = defaultdict(list)
         for delivery in deliveries:
-            peer, frame, index, _ = delivery.receipt
-            returned.setdefault(peer, []).append(struct.pack("<IId", frame, index, -1.0))
+            given, index = delivery.receipt
+            returned[given].append((index, -1.0))
         self._tell({}, returned)
 
     async def close(self) -> None:
@@ -428,7 +462,7 @@ class SignalReceiver(Waiting):
 
     def __init__(self, home: Home, place: Place, group: str | None, buffer: int) -> None:
         super().__init__(home, place, group)
-        self._limit = buffer
+        self._room = buffer
         self._next: dict[tuple[bytes, bytes], int] = {}  # sender and topic -> number of the next message
         self._topic = f"@{self._instance}.{group or ''}\0".encode()
 
@@ -452,12 +486,20 @@ class SignalReceiver(Waiting):
             self._next[stream] = number + count
             if len(self._next) > REMEMBERED:
                 del self._next[next(iter(self._next))]
-            room = max(0, self._limit - len(self._buffer))
-            self.dropped += max(0, count - room)
-            for index, (body, id, key) in enumerate(zip(block.bodies[:room], block.ids, block.keys(), strict=False)):
-                self._buffer.append(Message(body, id, key, partial(block.meta, index)))
+            kept = min(count, self._room)
+            self.dropped += count - kept
+            if not kept:
+                continue
+            self._room -= kept
+            heard = zip(block.bodies[:kept], block.ids, block.keys(), strict=False)
+            self._buffer.append([Message(b, id, key, partial(block.meta, n)) for n, (b, id, key) in enumerate(heard)])
         if self._buffer:
             self._wake()
+
+    def _take(self, count: int) -> list[Any]:
+        taken = super()._take(count)
+        self._room += len(taken)
+        return taken
 
     def settle_batch(
         self, settlements: Sequence[tuple[Any, Disposition]]
