@@ -8,16 +8,19 @@ import logging
 import os
 import struct
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, chain, groupby, islice, repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
 from messaging_sdk.errors import Backpressure, CapabilityError, InvalidMessage, MessagingError
 from messaging_sdk.model import SENT, Outgoing, SendResult, indeterminate, rejected
-from messaging_sdk.spi import OnOutcomes, Sender
+from messaging_sdk.spi import OnOutcomes, Sender, accepted
 
 from . import errors
 
@@ -30,6 +33,7 @@ VERSION: Final = 1
 MAX_BODY: Final = 16 << 20
 FRAME: Final = 500  # messages of one frame: more gained nothing
 FRAME_BYTES: Final = 1 << 20
+ALL: Final = tuple(range(FRAME))
 LOOK_S: Final = 0.1  # between looks for consumers that came or went
 REDIAL_S: Final = 0.2
 JOIN_S: Final = 1.0  # how long signals wait for a listener that has just announced itself
@@ -40,27 +44,90 @@ SIGNAL_HEAD: Final = struct.Struct("<cB8sQ")  # type, version, sender, number of
 class Batch:
     """One `send_batch`: whom to tell, and of a topic with several groups how many have yet to settle each message."""
 
-    __slots__ = ("left", "on_outcomes")
+    __slots__ = ("left", "messages", "on_outcomes", "rest", "serial", "size", "weight")
 
-    def __init__(self, on_outcomes: OnOutcomes, size: int, groups: int) -> None:
+    def __init__(self, messages: Sequence[Outgoing], on_outcomes: OnOutcomes, serial: int = 0, groups: int = 1) -> None:
+        self.messages = messages
         self.on_outcomes = on_outcomes
-        self.left = [groups] * size if groups > 1 else None
-
-
-class Entry:
-    """One message of one group until it is settled."""
-
-    __slots__ = ("attempt", "batch", "index", "message", "serial")
-
-    def __init__(self, message: Outgoing, batch: Batch, index: int, serial: int) -> None:
-        self.message = message
-        self.batch = batch
-        self.index = index
         self.serial = serial
-        self.attempt = 1
+        self.left = [groups] * len(messages) if groups > 1 else None
+        self.size = sum([len(m.body) for m in messages])
+        self.rest = _plain(messages)
+        self.weight = self.size if self.rest is not None else sum(map(weight, messages))
+
+    @property
+    def flawed(self) -> bool:
+        """May `problem` have something to say about one of them?"""
+        return self.size > MAX_BODY or (self.rest is None and any(map(odd, self.messages)))
 
 
-def pack(messages: Sequence[Outgoing]) -> Parts:
+class Run:
+    """Messages of a batch that follow each other, for one group, until they are settled."""
+
+    __slots__ = ("attempt", "batch", "first", "stop")
+
+    def __init__(self, batch: Batch, first: int, stop: int, attempt: int = 1) -> None:
+        self.batch = batch
+        self.first = first
+        self.stop = stop
+        self.attempt = attempt
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    @property
+    def messages(self) -> Sequence[Outgoing]:
+        return self.batch.messages[self.first : self.stop]
+
+    @property
+    def place(self) -> int:
+        return self.batch.serial + self.first
+
+    def size(self) -> int:
+        """Bytes of its bodies."""
+        return self.batch.size if len(self) == len(self.batch.messages) else sum([len(m.body) for m in self.messages])
+
+    def head(self, count: int) -> Run:
+        """Take off the first `count` messages."""
+        first, self.first = self.first, self.first + count
+        return Run(self.batch, first, self.first, self.attempt)
+
+    def each(self) -> Iterator[tuple[Run, int]]:
+        return zip(repeat(self), range(self.first, self.stop), strict=False)
+
+
+def joined(found: Iterable[tuple[Run, int]]) -> list[Run]:
+    """Runs of these messages, each named by a run that it was in and its index in the batch."""
+    runs: list[Run] = []
+    for run, index in found:
+        if runs and runs[-1].stop == index and runs[-1].batch is run.batch:
+            runs[-1].stop = index + 1
+        else:
+            runs.append(Run(run.batch, index, index + 1, run.attempt))
+    return runs
+
+
+def cut(waiting: deque[Run], count: int) -> list[Run]:
+    """Take off up to `count` messages of one attempt, of one frame's size together."""
+    runs: list[Run] = []
+    size, attempt = 0, waiting[0].attempt
+    while waiting and count and waiting[0].attempt == attempt:
+        run = waiting[0]
+        fits = min(count, len(run))
+        if size + run.batch.weight <= FRAME_BYTES:  # no part of it weighs more
+            size += run.batch.weight
+        else:
+            sizes = [*accumulate(map(weight, run.messages[:fits]), initial=size)]
+            fits = max(bisect_right(sizes, FRAME_BYTES) - 1, 0 if runs else 1)
+            if fits == 0:
+                break
+            size = sizes[fits]
+        runs.append(waiting.popleft() if fits == len(run) else run.head(fits))
+        count -= fits
+    return runs
+
+
+def pack(messages: Sequence[Outgoing], rest: bytes | None) -> Parts:
     """Lengths, bodies, ids, creation times and the rest of `messages`, a column each."""
     bodies = [m.body for m in messages]
     count = len(bodies)
@@ -69,27 +136,38 @@ def pack(messages: Sequence[Outgoing]) -> Parts:
         b"".join(bodies),
         "\n".join([m.id for m in messages]).encode(),
         struct.pack(f"<{count}d", *[m.created_s for m in messages]),
-        _rest(messages),
+        _rest(messages) if rest is None else rest,
     ]
+
+
+def shared(batches: Iterable[Batch]) -> bytes | None:
+    """The rest of messages of these batches, if it is the same for all and plain."""
+    rests = {batch.rest for batch in batches}
+    return rests.pop() if len(rests) == 1 else None
+
+
+def _plain(messages: Sequence[Outgoing]) -> bytes | None:
+    """The rest of messages that are not odd and have no more than one content type; None if they are not like that."""
+    kind = messages[0].content_type
+    for m in messages:
+        if (
+            m.key is not None or m.headers or m.correlation_id is not None or m.content_type != kind
+            or m.delay_s is not None or m.ttl_s is not None or m.priority is not None or "\n" in m.id
+        ):  # fmt: skip
+            return None
+    return json.dumps({"t": kind}).encode()
 
 
 def _rest(messages: Sequence[Outgoing]) -> bytes:
     """As JSON, with only the columns that are needed; the content type once where all have the same."""
-    kind = messages[0].content_type
-    rest: dict[str, Any] = {"t": kind}
-    for m in messages:
-        if m.key is not None or m.headers or m.correlation_id is not None or m.content_type != kind:
-            break
-    else:
-        return json.dumps(rest).encode()
+    kinds = [m.content_type for m in messages]
     columns: dict[str, list[Any]] = {
         "k": [m.key for m in messages],
         "c": [m.correlation_id for m in messages],
         "h": [dict(m.headers) if m.headers else None for m in messages],
     }
+    rest: dict[str, Any] = {"t": kinds if len(set(kinds)) > 1 else kinds[0]}
     rest |= {name: column for name, column in columns.items() if any(v is not None for v in column)}
-    if any(m.content_type != kind for m in messages):
-        rest["t"] = [m.content_type for m in messages]
     return json.dumps(rest, separators=(",", ":")).encode()
 
 
@@ -121,13 +199,34 @@ def weight(m: Outgoing) -> int:
 
 
 class Frame:
-    """Entries that were sent together; None where one is settled or came back."""
+    """Runs that were sent together; what is settled or came back is taken out."""
 
-    __slots__ = ("entries", "left")
+    __slots__ = ("_open", "_whole", "left")
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries: list[Entry | None] = [*entries]
-        self.left = len(entries)
+    def __init__(self, runs: list[Run]) -> None:
+        self._whole = runs
+        self._open: list[tuple[Run, int] | None] = []  # instead, once a part was asked for
+        self.left = sum(map(len, runs))
+
+    def claim(self, indexes: Sequence[int]) -> list[Run]:
+        """Take these out; those that are not in it were taken out before."""
+        if self._whole:
+            whole, self._whole = self._whole, []
+            if indexes == ALL[: self.left]:
+                self.left = 0
+                return whole
+            self._open = [*chain.from_iterable(run.each() for run in whole)]
+        open_, claimed = self._open, list[tuple[Run, int]]()
+        for index in sorted(indexes):
+            one = open_[index] if index < len(open_) else None
+            if one is not None:
+                claimed.append(one)
+                open_[index] = None
+        self.left -= len(claimed)
+        return joined(claimed)
+
+    def unsettled(self) -> list[Run]:
+        return self._whole or joined([one for one in self._open if one is not None])
 
 
 class Link:
@@ -146,16 +245,17 @@ class Link:
         self._wire.connect(endpoint)
         self._wire.send([HEAD.pack(b"H", VERSION, self.session, 0), outbox.id, outbox.place_name])
 
-    def send(self, entries: Sequence[Entry]) -> None:
-        """Send entries of one attempt as one frame."""
+    def send(self, runs: list[Run]) -> None:
+        """Send runs of one attempt as one frame."""
         self._frame += 1
-        self.frames[self._frame] = Frame(entries)
-        self.free -= len(entries)
-        head, attempt = HEAD.pack(b"B", VERSION, self.session, self._frame), struct.pack("<I", entries[0].attempt)
-        self._wire.send([head, attempt, *pack([e.message for e in entries])])
+        frame = self.frames[self._frame] = Frame(runs)
+        self.free -= frame.left
+        head, attempt = HEAD.pack(b"B", VERSION, self.session, self._frame), struct.pack("<I", runs[0].attempt)
+        messages = [m for run in runs for m in run.messages]
+        self._wire.send([head, attempt, *pack(messages, shared(run.batch for run in runs))])
 
-    def unsettled(self) -> list[Entry]:
-        return [e for frame in self.frames.values() for e in frame.entries if e is not None]
+    def unsettled(self) -> list[Run]:
+        return [run for frame in self.frames.values() for run in frame.unsettled()]
 
     def _arrived(self, frames: list[Parts]) -> None:
         try:
@@ -190,22 +290,15 @@ class Link:
                 self.drop()
         self.outbox.dispatch()
 
-    def _claim(self, frame: int, indexes: Sequence[int]) -> list[Entry]:
-        """Take entries out of a frame; those that are not in it were settled before."""
+    def _claim(self, frame: int, indexes: Sequence[int]) -> list[Run]:
         found = self.frames.get(frame)
         if found is None:
             return []
-        entries = found.entries
-        claimed: list[Entry] = []
-        for index in indexes:
-            entry = entries[index] if index < len(entries) else None
-            if entry is not None:
-                claimed.append(entry)
-                entries[index] = None
-        found.left -= len(claimed)
+        self.free += found.left
+        claimed = found.claim(indexes)
+        self.free -= found.left
         if not found.left:
             del self.frames[frame]
-        self.free += len(claimed)
         return claimed
 
     def _settled(self, payload: bytes) -> None:
@@ -217,16 +310,16 @@ class Link:
             at += 2 + count
 
     def _returned(self, payload: bytes) -> None:
-        back: list[Entry] = []
+        back: list[Run] = []
         for frame, index, delay_s in struct.iter_unpack("<IId", payload):
-            entries = self._claim(frame, (index,))
+            runs = self._claim(frame, (index,))
             if delay_s >= 0:  # it was handed out; below 0 it never was
-                for entry in entries:
-                    entry.attempt += 1
+                for run in runs:
+                    run.attempt += 1
             if delay_s > 0:
-                self.outbox.give_back(entries, delay_s)
+                self.outbox.give_back(runs, delay_s)
             else:
-                back += entries
+                back += runs
         self.outbox.give_back(back)
 
     def _lost(self, _: bytes) -> None:
@@ -242,8 +335,8 @@ class Link:
         self._wire.close(abruptly=not politely)
         back = self.unsettled()
         self.frames.clear()
-        for entry in back:
-            entry.attempt += 1
+        for run in back:
+            run.attempt += 1
         self.outbox.link_lost(self, back)
 
     def leave(self) -> None:
@@ -264,7 +357,7 @@ class Outbox:
         self._sender = sender
         self._group = group
         self._ordered = ordered
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[Run] = deque()
         self._links: dict[str, Link] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -302,7 +395,7 @@ class Outbox:
                 self._redial.pop(endpoint, None)
                 self._links[endpoint] = Link(self, endpoint)
 
-    def link_lost(self, link: Link, back: list[Entry]) -> None:
+    def link_lost(self, link: Link, back: list[Run]) -> None:
         if self._links.get(link.endpoint) is link:
             del self._links[link.endpoint]
         if self._closed:
@@ -323,36 +416,37 @@ class Outbox:
 
     # --- messages come and go
 
-    def put(self, entries: list[Entry]) -> None:
-        self._waiting.extend(entries)
+    def put(self, runs: Sequence[Run]) -> None:
+        self.held += sum(map(len, runs))
+        self.held_bytes += sum([run.size() for run in runs])
+        self._waiting.extend(runs)
         if not self._links and self.place.changed():
             self.look()
         self.dispatch()
 
-    def give_back(self, entries: list[Entry], delay_s: float = 0.0) -> None:
+    def give_back(self, runs: Sequence[Run], delay_s: float = 0.0) -> None:
         """Offer them again, before everything that was sent after them."""
-        if self._closed or not entries:
+        if self._closed or not runs:
             return
         if delay_s:
-            self._loop.call_later(delay_s, self.give_back, entries)
+            self._loop.call_later(delay_s, self.give_back, runs)
             return
-        self._waiting = deque(sorted((*entries, *self._waiting), key=lambda e: e.serial))
+        self._waiting = deque(sorted((*runs, *self._waiting), key=lambda run: run.place))
         self.dispatch()
 
-    def settled(self, entries: list[Entry]) -> None:
-        """Tell whoever sent them, one call per run of one batch."""
-        self.held -= len(entries)
-        self.held_bytes -= sum([len(e.message.body) for e in entries])
-        at = 0
-        while at < len(entries):
-            batch, start = entries[at].batch, at
-            while at < len(entries) and entries[at].batch is batch:
-                at += 1
-            run = [e.index for e in entries[start:at]]
+    def _forget(self, runs: Sequence[Run]) -> None:
+        self.held -= sum(map(len, runs))
+        self.held_bytes -= sum([run.size() for run in runs])
+
+    def settled(self, runs: Sequence[Run]) -> None:
+        """Tell whoever sent them."""
+        self._forget(runs)
+        for batch, same in groupby(runs, attrgetter("batch")):
+            told = [*chain.from_iterable(accepted(run.first, run.stop) for run in same)]
             if batch.left is not None:
-                run = [index for index in run if self._last(batch.left, index)]
-            if run:
-                batch.on_outcomes([(index, SENT) for index in run])
+                told = [(index, result) for index, result in told if self._last(batch.left, index)]
+            if told:
+                batch.on_outcomes(told)
 
     @staticmethod
     def _last(left: list[int], index: int) -> bool:
@@ -367,38 +461,32 @@ class Outbox:
                 return
             self._turn += 1
             link = open_[self._turn % len(open_)]
-            share = -(-len(self._waiting) // len(open_))
-            link.send(self._cut(min(link.free, share, FRAME)))
+            few = islice(self._waiting, FRAME * len(open_))  # so many are enough for all of them
+            share = -(-sum(map(len, few)) // len(open_))
+            link.send(cut(self._waiting, min(link.free, share, FRAME)))
 
     def _divided(self) -> bool:
         """Another consumer than the ready one may still work on what it was given: wait until that is known."""
         return sum(bool(x.ready or x.frames) for x in self._links.values()) > 1
 
-    def _cut(self, count: int) -> list[Entry]:
-        """Up to `count` entries of one attempt, of one frame's size together."""
-        waiting, size = self._waiting, 0
-        entries: list[Entry] = []
-        attempt = waiting[0].attempt
-        while waiting and len(entries) < count and waiting[0].attempt == attempt:
-            size += weight(waiting[0].message)
-            if size > FRAME_BYTES and entries:
-                break
-            entries.append(waiting.popleft())
-        return entries
-
     # --- the end
 
-    def withdraw(self, batch_messages: set[int]) -> list[Entry]:
-        """Forget waiting entries of these messages that were never dispatched."""
-        out = [e for e in self._waiting if e.attempt == 1 and id(e.message) in batch_messages]
-        if out:
-            gone = set(map(id, out))
-            self._waiting = deque(e for e in self._waiting if id(e) not in gone)
-            self.held -= len(out)
-            self.held_bytes -= sum(len(e.message.body) for e in out)
+    def withdraw(self, wanted: set[int]) -> list[tuple[Run, int]]:
+        """Forget waiting ones of these messages that were never dispatched."""
+        out: list[tuple[Run, int]] = []
+        kept: deque[Run] = deque()
+        for run in self._waiting:
+            if run.attempt > 1 or wanted.isdisjoint(map(id, run.messages)):
+                kept.append(run)
+                continue
+            of_run = [(id(run.batch.messages[index]) in wanted, (run, index)) for _, index in run.each()]
+            out += [one for gone, one in of_run if gone]
+            kept += joined(one for gone, one in of_run if not gone)
+        self._waiting = kept
+        self._forget(joined(out))
         return out
 
-    def close(self) -> list[Entry]:
+    def close(self) -> list[Run]:
         """Leave all links; return what is not settled."""
         self._closed = True
         if self._timer is not None:
@@ -429,30 +517,27 @@ class QueueSender(Sender):
     def send_batch(self, messages: Sequence[Outgoing], on_outcomes: OnOutcomes) -> None:
         if self._lost:
             raise errors.closed(self._name)
-        batch = Batch(on_outcomes, len(messages), len(self._outboxes))
+        batch = Batch(messages, on_outcomes, self._serial, len(self._outboxes))
+        self._serial += len(messages)
         refused: list[tuple[int, SendResult]] = []
-        good = [*enumerate(messages)]
-        size = sum([len(m.body) for m in messages])
-        if self._full(len(messages) - 1, size) or any(map(odd, messages)):
-            good.clear()
+        runs = [Run(batch, 0, len(messages))]
+        if batch.flawed or self._full(len(messages) - 1, batch.size):
+            good, size = list[tuple[Run, int]](), 0
             for index, message in enumerate(messages):
-                bytes_ahead = sum(len(m.body) for _, m in good)
-                wrong = problem(self._name, message) or self._full(len(good), bytes_ahead + len(message.body))
+                wrong = problem(self._name, message) or self._full(len(good), size + len(message.body))
                 if wrong is not None:
                     refused.append((index, rejected(wrong)))
                 else:
-                    good.append((index, message))
-            size = sum(len(m.body) for _, m in good)
+                    good.append((runs[0], index))
+                    size += len(message.body)
+            runs = joined(good)
         if not self._outboxes:  # a topic without groups: accepted, and goes nowhere
-            on_outcomes([*refused, *((index, SENT) for index, _ in good)])
+            on_outcomes([*refused, *((index, SENT) for run in runs for _, index in run.each())])
             return
         if refused:
             on_outcomes(refused)
-        serial, self._serial = self._serial, self._serial + len(good)
         for outbox in self._outboxes:
-            outbox.held += len(good)
-            outbox.held_bytes += size
-            outbox.put([Entry(m, batch, index, serial + n) for n, (index, m) in enumerate(good)])
+            outbox.put([Run(batch, run.first, run.stop) for run in runs])
 
     def _full(self, ahead: int, size: int) -> MessagingError | None:
         options = self.home.options
@@ -463,23 +548,22 @@ class QueueSender(Sender):
 
     def withdraw(self, messages: Sequence[Outgoing]) -> Sequence[Outgoing]:
         wanted = set(map(id, messages))
-        copies: dict[int, list[Entry]] = defaultdict(list)
-        for outbox in self._outboxes:
-            for entry in outbox.withdraw(wanted):
-                copies[id(entry.message)].append(entry)
-        never = [entries[0] for entries in copies.values() if len(entries) == len(self._outboxes)]
-        for entries in copies.values():
-            told = rejected if len(entries) == len(self._outboxes) else indeterminate
-            self._tell_later(entries[0], told(Backpressure(f"{self._name}: no consumer took it")), len(entries))
-        return [e.message for e in never]
+        copies = Counter((run.batch, index) for outbox in self._outboxes for run, index in outbox.withdraw(wanted))
+        never: list[Outgoing] = []
+        for (batch, index), count in copies.items():
+            everywhere = count == len(self._outboxes)
+            if everywhere:
+                never.append(batch.messages[index])
+            told = (rejected if everywhere else indeterminate)(Backpressure(f"{self._name}: no consumer took it"))
+            self._tell_later(batch, index, told, count)
+        return never
 
-    def _tell_later(self, entry: Entry, result: SendResult, copies: int) -> None:
-        left = entry.batch.left
-        if left is not None:
-            left[entry.index] -= copies
-            if left[entry.index]:
+    def _tell_later(self, batch: Batch, index: int, result: SendResult, copies: int) -> None:
+        if batch.left is not None:
+            batch.left[index] -= copies
+            if batch.left[index]:
                 return  # a group has it still: its settlement is the last word
-        asyncio.get_running_loop().call_soon(partial(entry.batch.on_outcomes, [(entry.index, result)]))
+        asyncio.get_running_loop().call_soon(partial(batch.on_outcomes, [(index, result)]))
 
     def lose(self) -> None:
         """The driver closes, or core does: resolve what is left."""
@@ -487,12 +571,9 @@ class QueueSender(Sender):
             return
         self._lost = True
         self.home.open.discard(self)
-        left: dict[int, Entry] = {}
-        for outbox in self._outboxes:
-            left |= {id(e.message): e for e in outbox.close()}
-        for entry in left.values():
-            unsure = indeterminate(errors.closed(self._name))
-            entry.batch.on_outcomes([(entry.index, unsure)])
+        left = [one for outbox in self._outboxes for run in outbox.close() for one in run.each()]
+        for batch, index in dict.fromkeys((run.batch, index) for run, index in left):
+            batch.on_outcomes([(index, indeterminate(errors.closed(self._name)))])
 
     async def close(self) -> None:
         self.lose()
@@ -522,7 +603,8 @@ class SignalSender(Sender):
         self._joining: dict[str, float] = {}  # instance -> until when to wait for it
         self._groups: dict[str, list[bytes]] = {}  # group ("" = none) -> topics of its members
         self._numbers: defaultdict[bytes, int] = defaultdict(int)
-        self._held: list[tuple[Sequence[Outgoing], Callable[[], None]]] = []
+        self._held: deque[Run] = deque()
+        self._tells: list[Callable[[], None]] = []
         self._turn = 0
         self._armed = self._lost = False
         self._timer: asyncio.TimerHandle | None = None
@@ -532,12 +614,16 @@ class SignalSender(Sender):
     def send_batch(self, messages: Sequence[Outgoing], on_outcomes: OnOutcomes) -> None:
         if self._lost:
             raise errors.closed(self._name)
-        told = [(i, problem(self._name, m)) for i, m in enumerate(messages)]
-        good = [m for m, (_, wrong) in zip(messages, told, strict=True) if wrong is None]
+        batch = Batch(messages, on_outcomes)
+        runs, told = [Run(batch, 0, len(messages))], accepted(0, len(messages))
+        if batch.flawed:
+            wrong = [problem(self._name, m) for m in messages]
+            told = [(i, SENT if w is None else rejected(w)) for i, w in enumerate(wrong)]
+            runs = joined((run, i) for run, i in runs[0].each() if wrong[i] is None)
         if self._place.changed():
             self._look()
-        outcomes = [(i, SENT if wrong is None else rejected(wrong)) for i, wrong in told]
-        self._held.append((good, partial(on_outcomes, outcomes)))
+        self._held += runs
+        self._tells.append(partial(on_outcomes, told))
         if not self._armed:  # what comes in this turn of the loop goes in one frame
             self._armed = True
             asyncio.get_running_loop().call_soon(self._next_turn)
@@ -592,35 +678,26 @@ class SignalSender(Sender):
             self._flush()
 
     def _flush(self) -> None:
-        held, self._held = self._held, []
-        messages = [m for batch, _ in held for m in batch]
-        start = size = 0
-        for at, message in enumerate(messages):
-            added = weight(message)
-            if at > start and (size + added > FRAME_BYTES or at - start >= FRAME):
-                self._emit(messages[start:at])
-                start, size = at, 0
-            size += added
-        if messages:
-            self._emit(messages[start:])
-        for _, tell in held:
+        tells, self._tells = self._tells, []
+        while self._held:
+            runs = cut(self._held, FRAME)
+            self._emit([m for run in runs for m in run.messages], shared(run.batch for run in runs))
+        for tell in tells:
             tell()
 
-    def _emit(self, messages: Sequence[Outgoing]) -> None:
+    def _emit(self, messages: Sequence[Outgoing], rest: bytes | None) -> None:
         for group, members in self._groups.items():
             if not group or not members:
                 continue
             self._turn += 1
             for n in range(min(len(members), len(messages))):
-                self._write(members[(self._turn + n) % len(members)], messages[n :: len(members)])
-        self._write(self._everyone, messages)
+                self._write(members[(self._turn + n) % len(members)], messages[n :: len(members)], rest)
+        self._write(self._everyone, messages, rest)
 
-    def _write(self, topic: bytes, messages: Sequence[Outgoing]) -> None:
-        if not messages:
-            return
+    def _write(self, topic: bytes, messages: Sequence[Outgoing], rest: bytes | None) -> None:
         number = self._numbers[topic]
         self._numbers[topic] += len(messages)
-        self._wire.send([topic, SIGNAL_HEAD.pack(b"S", VERSION, self._id, number), *pack(messages)])
+        self._wire.send([topic, SIGNAL_HEAD.pack(b"S", VERSION, self._id, number), *pack(messages, rest)])
 
     def lose(self) -> None:
         if self._lost:
