@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar, Final, cast
 
 import zmq
@@ -320,7 +321,11 @@ class Home:
 class Wire:
     """One socket. `send` and `close` are called on the opener's loop, which also gets what arrives, one call per
     burst; the rest runs on the I/O thread. A DEALER whose connection ends is dead: `gone(b"")` is called once. Of a
-    ROUTER each peer that vanished is told: `gone(identity)`."""
+    ROUTER each peer that vanished is told: `gone(identity)`.
+
+    Both threads write, under a lock: one that is woken to write would wait for the interpreter as long as the opener's
+    loop has something else to do.
+    """
 
     def __init__(
         self,
@@ -346,19 +351,46 @@ class Wire:
         self._timer: asyncio.TimerHandle | None = None
         self._again = False
         self._untold = 0  # frames that the opener's loop has not taken yet
+        self._lock = RLock()  # held by whoever uses the socket
+        self._asked = self._done = 0  # calls that were posted to the I/O thread, and those that have run
         self.endpoint = ""
 
     # from the opener's loop
 
     def send(self, *frames: Parts) -> None:
         """Write `frames` in order."""
-        self._home.thread.inward.post(self._write, frames)
+        left: Sequence[Parts] = frames
+        if self._asked == self._done and self._lock.acquire(blocking=False):
+            try:
+                left = self._written(frames)
+            finally:
+                self._lock.release()
+        if left:
+            self._post(self._write, left)
+
+    def _written(self, frames: Sequence[Parts]) -> Sequence[Parts]:
+        """Write what can be written here and now; return what the I/O thread has to."""
+        socket = self._socket
+        if socket is None or not self._open():
+            return frames
+        for at, parts in enumerate(frames):
+            try:
+                socket.send_multipart(parts, zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return frames[at:]
+        if _events(socket) & zmq.POLLIN:  # its descriptor may have told of that already, and tells it once
+            self._post(self._pump)
+        return ()
 
     def connect(self, endpoint: str) -> None:
-        self._home.thread.inward.post(self._connect, endpoint)
+        self._post(self._connect, endpoint)
 
     def disconnect(self, endpoint: str) -> None:
-        self._home.thread.inward.post(self._disconnect, endpoint)
+        self._post(self._disconnect, endpoint)
+
+    def _post(self, call: Callable[..., object], *what: Any) -> None:
+        self._asked += 1
+        self._home.thread.inward.post(self._run, call, *what)
 
     async def bind(self, endpoint: str) -> str:
         """Bind and return the endpoint with its port. Raises ZMQError."""
@@ -368,9 +400,19 @@ class Wire:
         """Close; what is written is pushed out for `linger_s` at most, unless `abruptly`."""
         linger_ms = 0 if abruptly else int(self._home.options.linger_s * 1000)
         with suppress(RuntimeError):  # the thread has ended, and its sockets with it
-            self._home.thread.inward.post(self.end, linger_ms)
+            self._post(self.end, linger_ms)
 
     # on the I/O thread
+
+    def _locked(self, call: Callable[..., object], *what: Any) -> None:
+        with self._lock:
+            call(*what)
+
+    def _run(self, call: Callable[..., object], *what: Any) -> None:
+        try:
+            self._locked(call, *what)
+        finally:
+            self._done += 1
 
     def _made(self) -> zmq.Socket[bytes]:
         socket = self._socket = self._home.context.socket(self._kind)
@@ -391,9 +433,9 @@ class Wire:
             socket.set(zmq.CURVE_PUBLICKEY, options.curve_public.encode())
             socket.set(zmq.CURVE_SECRETKEY, options.curve_secret.encode())
         self._began = self._heard_s = time.monotonic()
-        asyncio.get_running_loop().add_reader(socket.FD, self._pump)
+        asyncio.get_running_loop().add_reader(socket.FD, self._locked, self._pump)
         if self._gone is not None:
-            self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+            self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._locked, self._beat)
         return socket
 
     async def _bind(self, endpoint: str) -> str:
@@ -434,12 +476,16 @@ class Wire:
     def _write(self, frames: Sequence[Parts]) -> None:
         if self._socket is None:
             return
-        if self._outbox or (self._kind == zmq.DEALER and not self._up):
-            self._outbox += frames
-        else:
+        if self._open():
             for parts in frames:
                 self._put(parts)
+        else:
+            self._outbox += frames
         self._pump()
+
+    def _open(self) -> bool:
+        """May something be written, and nothing waits before it?"""
+        return not self._outbox and (self._up or self._kind != zmq.DEALER)
 
     def _put(self, parts: Parts) -> bool:
         assert self._socket is not None
@@ -480,7 +526,7 @@ class Wire:
     def _soon(self) -> None:
         if not self._again:
             self._again = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self._locked, self._pump)
 
     def _take(self, arrived: list[Parts]) -> None:
         now = self._heard_s = time.monotonic()
@@ -509,7 +555,7 @@ class Wire:
                 self._sink(arrived)
         finally:
             with suppress(RuntimeError):
-                self._home.thread.inward.post(self._handed, len(arrived))
+                self._post(self._handed, len(arrived))
 
     def _handed(self, count: int) -> None:
         self._untold -= count
@@ -519,7 +565,7 @@ class Wire:
         self._pump()  # what was sent while this process stood still is no silence
         if self._socket is None:
             return
-        self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+        self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._locked, self._beat)
         now, patience_s = time.monotonic(), self._home.options.silence_s
         if self._kind == zmq.ROUTER:
             for identity in [i for i, at in self._heard.items() if now - at > patience_s]:

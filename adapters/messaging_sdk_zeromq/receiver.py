@@ -9,8 +9,8 @@ import struct
 from asyncio import Future
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, count, islice, repeat, starmap
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
@@ -29,6 +29,7 @@ log: Final = logging.getLogger("messaging_sdk")
 
 GOODBYE_S: Final = 1.0  # how long a closing consumer waits for its senders to have read its settlements
 TURN_S: Final = 0.05  # between looks whether the one that works has gone
+SMALL: Final = 50  # half a window that is not worth halving
 REMEMBERED: Final = 20_000  # settled ids whose settlement may be lost with a link
 
 Known = tuple[str, float]  # id and creation time: an id that is published again is another message
@@ -60,7 +61,7 @@ class Block:
         ends = [*accumulate(sizes)]
         self.bodies = [bodies[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         self.ids = ids.decode().split("\n")
-        self.created = struct.unpack(f"<{len(created) // 8}d", created)
+        self.created: Sequence[float] = struct.unpack(f"<{len(created) // 8}d", created)
         self.rest = columns(rest)
         if not sizes or ends[-1] != len(bodies) or not len(sizes) == len(self.ids) == len(self.created):
             raise ValueError("columns of different lengths")
@@ -72,10 +73,12 @@ class Block:
             if not (fits and all(cell is None or isinstance(cell, kind) for cell in column)):
                 raise ValueError(f"column {name!r} does not fit")
 
-    def keys(self) -> Sequence[str | None]:
-        return self.rest.get("k") or (None,) * len(self.ids)
+    def messages(self) -> Iterator[tuple[bytes, str, str | None, Callable[[], Meta]]]:
+        """Body, id, key and what gives the meta of each. A bound method is a `partial` at two thirds of the price."""
+        keys = self.rest.get("k") or repeat(None)
+        return zip(self.bodies, self.ids, keys, map(MethodType, repeat(self._meta), count()), strict=False)
 
-    def meta(self, index: int) -> Meta:
+    def _meta(self, index: int) -> Meta:
         rest = self.rest
         kind, correlation, headers = rest.get("t"), rest.get("c"), rest.get("h")
         return Meta(
@@ -98,20 +101,28 @@ class Given:
 
 
 class Settled:
-    """Whose sender has perhaps not heard of it: the last `REMEMBERED` messages at least, twice as many at most."""
+    """Messages whose sender has perhaps not heard of it. Sorted only when one is looked for, which is rare."""
 
     def __init__(self) -> None:
-        self._recent: dict[Known, bytes] = {}  # -> sender
-        self._older: dict[Known, bytes] = {}
+        self.count = 0
+        self._runs: list[tuple[bytes, Sequence[str], Sequence[float]]] = []
+        self._senders: dict[Known, bytes] = {}
 
-    def add(self, sender: bytes, messages: Iterable[Known]) -> None:
-        self._recent.update(dict.fromkeys(messages, sender))
-        if len(self._recent) > REMEMBERED:
-            self._recent, self._older = {}, self._recent
+    def add(self, given: Given, indexes: Sequence[int]) -> None:
+        if not indexes:
+            return
+        ids, created = given.block.ids, given.block.created
+        self.count += len(indexes)
+        if len(indexes) < len(ids):
+            ids, created = [ids[i] for i in indexes], [created[i] for i in indexes]
+        self._runs.append((given.peer.sender, ids, created))
 
     def has(self, sender: bytes, message: Known) -> bool:
         """Without a creation time nobody knows whether it is the same message."""
-        return bool(message[1]) and self._recent.get(message, self._older.get(message)) == sender
+        for by, ids, created in self._runs:
+            self._senders.update(dict.fromkeys(zip(ids, created, strict=True), by))
+        self._runs.clear()
+        return bool(message[1]) and self._senders.get(message) == sender
 
 
 class Waiting(Receiver):
@@ -214,7 +225,7 @@ class QueueReceiver(Waiting):
         self._standing: asyncio.Task[None] | None = None
         self._farewell: Future[None] | None = None
         self._leaving: set[bytes] = set()
-        self._settled = Settled()
+        self._settled, self._settled_before = Settled(), Settled()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
 
@@ -306,14 +317,11 @@ class QueueReceiver(Waiting):
             return
         (attempt,) = struct.unpack("<I", parts[0])
         block = Block(parts[1:])
-        again, meta, given = attempt > 1, block.meta, Given(peer, frame, block)
+        again, given = attempt > 1, Given(peer, frame, block)
         arrived: list[Delivery[Any]] = [
-            Delivery(
-                body, id, key, partial(meta, index), receipt=(given, index), session=peer,
-                deliveries=attempt, redelivered=again,
-            )
-            for index, (body, id, key) in enumerate(zip(block.bodies, block.ids, block.keys(), strict=True))
-        ]  # fmt: skip
+            Delivery(body, id, key, meta, receipt=(given, n), session=peer, deliveries=attempt, redelivered=again)
+            for n, (body, id, key, meta) in enumerate(block.messages())
+        ]
         if again:
             arrived = self._not_settled(given, arrived)
         if self._stopped:
@@ -323,8 +331,9 @@ class QueueReceiver(Waiting):
 
     def _not_settled(self, given: Given, arrived: list[Delivery[Any]]) -> list[Delivery[Any]]:
         """Say again what was settled here and was lost with a link; return the rest."""
-        known = zip(given.block.ids, given.block.created, strict=True)
-        done = [index for index, message in enumerate(known) if self._settled.has(given.peer.sender, message)]
+        sender, known = given.peer.sender, zip(given.block.ids, given.block.created, strict=True)
+        books = (self._settled, self._settled_before)
+        done = [index for index, message in enumerate(known) if any(b.has(sender, message) for b in books)]
         if done:
             self._tell({given: done}, {})
         gone = set(done)
@@ -351,6 +360,12 @@ class QueueReceiver(Waiting):
         await self._on_revoke([peer], 0.0)
 
     # --- what core asks
+
+    async def receive_batch(self, max_deliveries: int) -> list[Any]:
+        """Half a window at a time: its settlements are on their way while the other half is worked on."""
+        if self._buffer:
+            await asyncio.sleep(0)  # let the handlers of the first half run
+        return await super().receive_batch(min(max_deliveries, max(SMALL, self._window // 2)))
 
     def _take(self, count: int) -> list[Any]:
         if self._failure is not None:
@@ -385,11 +400,7 @@ class QueueReceiver(Waiting):
             else:
                 released.setdefault(given, []).append((index, disposition.delay_s))
         for given, run in accepted.items():
-            ids, created = given.block.ids, given.block.created
-            self._settled.add(given.peer.sender, [(ids[index], created[index]) for index in run])
-            out = len(run) + len(released.get(given, ()))
-            given.peer.out -= out
-            self._out -= out
+            self._finished(given, run, len(released.get(given, ())))
         self._tell(accepted, released)
         if self._buffer:
             self._wake()
@@ -398,6 +409,13 @@ class QueueReceiver(Waiting):
         answer: Future[Sequence[tuple[int, MessagingError]]] = self._loop.create_future()
         answer.set_result(failed)
         return answer
+
+    def _finished(self, given: Given, accepted: Sequence[int], released: int) -> None:
+        given.peer.out -= len(accepted) + released
+        self._out -= len(accepted) + released
+        self._settled.add(given, accepted)
+        if self._settled.count > REMEMBERED:
+            self._settled, self._settled_before = Settled(), self._settled
 
     def _tell(self, accepted: dict[Given, list[int]], released: dict[Given, list[tuple[int, float]]]) -> None:
         """One frame for each peer and kind."""
@@ -481,18 +499,17 @@ class SignalReceiver(Waiting):
             except Exception as error:
                 log.warning("%s: a frame that is not of this protocol was dropped: %r", self._place.name, error)
                 continue
-            count, stream = len(block.ids), (sender, topic)
+            size, stream = len(block.ids), (sender, topic)
             self.dropped += max(0, number - self._next.get(stream, number))  # libzmq drops in silence: the gap tells
-            self._next[stream] = number + count
+            self._next[stream] = number + size
             if len(self._next) > REMEMBERED:
                 del self._next[next(iter(self._next))]
-            kept = min(count, self._room)
-            self.dropped += count - kept
+            kept = min(size, self._room)
+            self.dropped += size - kept
             if not kept:
                 continue
             self._room -= kept
-            heard = zip(block.bodies[:kept], block.ids, block.keys(), strict=False)
-            self._buffer.append([Message(b, id, key, partial(block.meta, n)) for n, (b, id, key) in enumerate(heard)])
+            self._buffer.append([*starmap(Message, islice(block.messages(), kept))])
         if self._buffer:
             self._wake()
 
