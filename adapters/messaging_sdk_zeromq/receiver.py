@@ -364,7 +364,8 @@ class QueueReceiver(Waiting):
     async def receive_batch(self, max_deliveries: int) -> list[Any]:
         """Half a window at a time: its settlements are on their way while the other half is worked on."""
         if self._buffer:
-            await asyncio.sleep(0)  # let the handlers of the first half run
+            await asyncio.sleep(0)  # the first half's handlers run
+            await asyncio.sleep(0)  # and core settles it
         return await super().receive_batch(min(max_deliveries, max(SMALL, self._window // 2)))
 
     def _take(self, count: int) -> list[Any]:
