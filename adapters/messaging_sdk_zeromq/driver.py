@@ -261,7 +261,7 @@ class Driver(spi.Driver):
 
 
 class Home:
-    """One thread that owns all sockets of a driver, and answers pings while the opener's loop is blocked."""
+    """One thread that reads all sockets of a driver, and answers pings while the opener's loop is blocked."""
 
     def __init__(self, options: zeromq.Options, host: str) -> None:
         self.options = options
@@ -379,7 +379,7 @@ class Wire:
             except zmq.ZMQError:
                 return frames[at:]
         if _events(socket) & zmq.POLLIN:  # its descriptor may have told of that already, and tells it once
-            self._post(self._pump)
+            self._home.thread.inward.post(self._locked, self._pump)
         return ()
 
     def connect(self, endpoint: str) -> None:
@@ -590,14 +590,15 @@ class Wire:
             self.end(0)
 
     def end(self, linger_ms: int) -> None:
-        socket, self._socket = self._socket, None
-        if socket is None:
-            return
-        self._home.wires.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-        asyncio.get_running_loop().remove_reader(socket.FD)
-        socket.close(linger_ms)
+        with self._lock:
+            socket, self._socket = self._socket, None
+            if socket is None:
+                return
+            self._home.wires.discard(self)
+            if self._timer is not None:
+                self._timer.cancel()
+            asyncio.get_running_loop().remove_reader(socket.FD)
+            socket.close(linger_ms)
 
 
 def _is_own_address(host: str) -> bool:
