@@ -43,6 +43,11 @@ BURST: Final = 500  # frames read before the other sockets of the thread get the
 MAX_FRAME: Final = 2 * MAX_BODY  # a peer that sends more is cut off by libzmq
 MAX_SOCKET_PATH: Final = 100  # of 107 bytes that Linux has for a socket's path
 PING: Final = b"P\x01"
+# Numbers: an operation on pyzmq's enums costs two microseconds, more than sending a part does.
+NO_WAIT: Final = int(zmq.NOBLOCK)
+MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+READABLE: Final = int(zmq.POLLIN)
+WRITABLE: Final = int(zmq.POLLOUT)
 DOORMAN: Final = "inproc://zeromq.zap.01"  # where libzmq asks whom to let in
 NO_BLOCK: Final = zeromq.DestinationOptions()
 HEADERS: Final = HeaderRules(max_count=1000, max_bytes=1 << 16)
@@ -375,10 +380,10 @@ class Wire:
             return frames
         for at, parts in enumerate(frames):
             try:
-                socket.send_multipart(parts, zmq.NOBLOCK)
+                _send(socket, parts)
             except zmq.ZMQError:
                 return frames[at:]
-        if _events(socket) & zmq.POLLIN:  # its descriptor may have told of that already, and tells it once
+        if _events(socket) & READABLE:  # its descriptor may have told of that already, and tells it once
             self._home.thread.inward.post(self._locked, self._pump)
         return ()
 
@@ -490,7 +495,7 @@ class Wire:
     def _put(self, parts: Parts) -> bool:
         assert self._socket is not None
         try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK)
+            _send(self._socket, parts)
         except zmq.ZMQError:  # EAGAIN: a DEALER without a connection; EHOSTUNREACH: a ROUTER's peer has gone
             self._lose(parts[0] if self._kind == zmq.ROUTER else b"")
             return False
@@ -503,15 +508,15 @@ class Wire:
         arrived: list[Parts] = []
         if socket is None:
             return
-        if self._outbox and not self._up and _events(socket) & zmq.POLLOUT:
+        if self._outbox and not self._up and _events(socket) & WRITABLE:
             self._up, outbox, self._outbox = True, self._outbox, []
             for parts in outbox:
                 if not self._put(parts):
                     return
-        while (most := self._room(len(arrived))) > 0 and _events(socket) & zmq.POLLIN:
+        while (most := self._room(len(arrived))) > 0 and _events(socket) & READABLE:
             try:
                 for _ in range(most):
-                    arrived.append(socket.recv_multipart(zmq.NOBLOCK))
+                    arrived.append(_receive(socket))
             except zmq.Again:
                 continue
             self._soon()
@@ -607,6 +612,23 @@ def _is_own_address(host: str) -> bool:
         return not ipaddress.IPv4Address(host).is_unspecified
     except ValueError:
         return host in {name for _, name in system_socket.if_nameindex()}
+
+
+def _send(socket: zmq.Socket[bytes], parts: Parts) -> None:
+    """All or nothing. Raises ZMQError."""
+    for part in parts[:-1]:
+        socket.send(part, MORE)
+    socket.send(parts[-1], NO_WAIT)
+
+
+def _receive(socket: zmq.Socket[bytes]) -> Parts:
+    """As `recv_multipart`, which asks for an option after each part. Raises Again."""
+    frame = socket.recv(NO_WAIT, copy=False)
+    parts = [frame.bytes]
+    while frame.more:
+        frame = socket.recv(NO_WAIT, copy=False)
+        parts.append(frame.bytes)
+    return parts
 
 
 def _events(socket: zmq.Socket[bytes]) -> int:
