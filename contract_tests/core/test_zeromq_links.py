@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ from messaging_sdk import (
     Topic,
 )
 from messaging_sdk.model import Outgoing
-from messaging_sdk_zeromq.sender import weight
+from messaging_sdk_zeromq.sender import FRAME_BYTES, Batch, Run, cut, weight
 
 HEAD = struct.Struct("<cBII")
 
@@ -600,3 +601,136 @@ def test_without_a_free_descriptor_nobody_is_taken_for_gone(tmp_path: Path, monk
             assert not delivery.redelivered and await stream.next(0.3) is None
 
     drive(main(), 40)
+
+
+def frame_of(frame: int, ids: list[str], attempt: int = 1) -> list[bytes]:
+    lengths, created = struct.pack(f"<{len(ids)}I", *[1] * len(ids)), struct.pack(f"<{len(ids)}d", *[1.5] * len(ids))
+    block = [lengths, b"x" * len(ids), "\n".join(ids).encode(), created, b"{}"]
+    return [HEAD.pack(b"B", 1, 1, frame), struct.pack("<I", attempt), *block]
+
+
+async def settlements(dealer: Any, count: int) -> list[tuple[int, ...]]:
+    """The next `count` A's of a consumer: frame, how many, their indexes."""
+    said: list[tuple[int, ...]] = []
+    while len(said) < count:
+        assert await asyncio.to_thread(dealer.poll, 5000), f"it said only {said}"
+        parts = dealer.recv_multipart()
+        if parts[0][:1] == b"A":
+            said.append(struct.unpack(f"<{len(parts[1]) // 4}I", parts[1]))
+    return said
+
+
+def test_each_outcome_is_told_once_whatever_the_settlements_name(tmp_path: Path) -> None:
+    """In no order, some twice, some of no message, of no frame: what is named is settled, what is not comes again."""
+
+    async def main() -> None:
+        queue, context = Queue(fresh(), bytes), zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+        table = config("zeromq://", {queue.name: {"consumers": [endpoint]}})
+
+        async def heard(kind: bytes) -> list[bytes]:
+            while True:
+                assert await asyncio.to_thread(router.poll, 5000), f"no {kind!r}"
+                parts: list[bytes] = router.recv_multipart()
+                if parts[1][:1] == kind:
+                    return parts
+
+        async with buses(1, table, queue) as (sender,):
+            sends = [asyncio.ensure_future(sender.publish(queue, b"%d" % n, timeout_s=20)) for n in range(6)]
+            identity, head, *_ = await heard(b"H")
+            session = HEAD.unpack(head)[2]
+            router.send_multipart([identity, HEAD.pack(b"W", 1, session, 10)])
+            got: dict[tuple[int, int], int] = {}
+            while len(got) < 6:
+                _, head, _, lengths, joined, *_ = await heard(b"B")
+                for index in range(len(lengths) // 4):
+                    got[HEAD.unpack(head)[3], index] = int(joined[index : index + 1])
+            of = {number: key for key, number in got.items()}
+            named = [(4, 0, 1), (4, 2, 1)]  # by their numbers
+            for numbers in named:
+                keys = [of[n] for n in numbers] + [(of[0][0], 77), (99, 0)]
+                said = [part for frame, index in keys for part in (frame, 1, index)]
+                router.send_multipart([identity, HEAD.pack(b"A", 1, session, 0), struct.pack(f"<{len(said)}I", *said)])
+            frame, index = of[5]
+            back = struct.pack("<IId", frame, index, 0.0) * 2
+            router.send_multipart([identity, HEAD.pack(b"R", 1, session, 0), back])
+            _, _, attempt, _, body, *_ = await heard(b"B")
+            assert (attempt, body) == (struct.pack("<I", 2), b"5")
+            assert [s.done() for s in sends] == [True, True, True, False, True, False]
+            router.send_multipart([identity, HEAD.pack(b"?", 1, session, 0)])  # the link ends: the rest comes again
+            identity, head, *_ = await heard(b"H")
+            router.send_multipart([identity, HEAD.pack(b"W", 1, HEAD.unpack(head)[2], 10)])
+            again = {(await heard(b"B"))[4] for _ in range(2)}
+            assert again == {b"3", b"5"}, "in two frames, since 5 has one attempt more"
+            for send in sends:
+                send.cancel()
+        router.close(0)
+        context.term()
+
+    drive(main(), 40)
+
+
+def test_of_a_frame_that_is_settled_in_part_the_other_part_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was settled longest ago is forgotten, at twice `REMEMBERED`."""
+    monkeypatch.setattr("messaging_sdk_zeromq.receiver.REMEMBERED", 10)
+
+    async def main() -> None:
+        queue = Queue(fresh(), bytes)
+        async with (
+            buses(1, config(f"zeromq://127.0.0.1{tmp_path}/meet"), queue) as (reader,),
+            reader.consume(queue) as stream,
+            foreign_sender(tmp_path, queue) as dealer,
+        ):
+            dealer.send_multipart(frame_of(1, ["a", "b", "c"]))
+            found = await stream.take(3, 5)
+            await stream.ack([found[1]])
+            assert await settlements(dealer, 1) == [(1, 1, 1)]
+            dealer.send_multipart(frame_of(2, ["a", "b", "c"], attempt=2))
+            assert await settlements(dealer, 1) == [(2, 1, 1)]
+            assert [d.id for d in await stream.take(3, 5)] == ["a", "c"]
+            for n in range(3):
+                dealer.send_multipart(frame_of(3 + n, [f"{n}-{i}" for i in range(11)]))
+                await stream.ack(await stream.take(11, 5))
+                await settlements(dealer, 1)
+            dealer.send_multipart(frame_of(9, ["b", "2-5"], attempt=2))
+            assert await settlements(dealer, 1) == [(9, 1, 1)]
+            assert [d.id for d in await stream.take(2, 5)] == ["b"]
+
+    drive(main(), 40)
+
+
+def test_half_a_window_is_settled_before_the_other_half_is_worked_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        queue, ran = Queue(fresh(), bytes), 0
+        bus = Bus(config(f"zeromq://127.0.0.1{tmp_path}/meet"))
+
+        @bus.on(queue, window=200)
+        async def handle(_: bytes) -> None:
+            nonlocal ran
+            ran += 1
+
+        async with bus, bus.consuming(), foreign_sender(tmp_path, queue) as dealer:
+            dealer.send_multipart(frame_of(1, [f"id-{n}" for n in range(200)]))
+            first, second = await settlements(dealer, 2)
+            assert (first[:2], second[:2]) == ((1, 100), (1, 100))
+            assert sorted((*first[2:], *second[2:])) == [*range(200)]
+            assert ran == 200
+
+    drive(main(), 40)
+
+
+def test_a_frame_is_cut_by_count_weight_and_attempt() -> None:
+    def batch(*sizes: int, serial: int = 0) -> Batch:
+        return Batch([Outgoing(b"x" * size, str(n)) for n, size in enumerate(sizes)], lambda _: None, serial)
+
+    small, large = batch(*[10] * 6), batch(FRAME_BYTES + 1, FRAME_BYTES - 1, 1, 1)
+    waiting = deque([Run(small, 0, 6), Run(large, 0, 4), Run(small, 0, 2, attempt=2)])
+    cuts = []
+    while waiting:
+        cuts.append([(run.batch, run.first, run.stop) for run in cut(waiting, 4)])
+    assert cuts == [
+        [(small, 0, 4)], [(small, 4, 6)], [(large, 0, 1)], [(large, 1, 3)], [(large, 3, 4)], [(small, 0, 2)],
+    ]  # fmt: skip
