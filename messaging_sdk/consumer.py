@@ -122,14 +122,13 @@ class Consumer(Settler):
         self._takers: deque[asyncio.Future[None]] = deque()
         self._settlements: list[tuple[Any, Disposition]] = []
         self._settling: list[asyncio.Future[None] | None] = []
-        self._settled: list[Delivery[Any] | None] = []  # where accepted: done, whatever becomes of the settlement
         self._flush_armed = False
-        self._answers: dict[asyncio.Future[Any], list[Delivery[Any] | None]] = {}
+        self._answers: set[asyncio.Future[Any]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Delivery[Any]] = set()
         self._timers: dict[Delivery[Any], asyncio.TimerHandle] = {}
-        self._accepted: deque[str] = deque(maxlen=terms.window)
-        """Settled, and the broker did not say that it took note."""
+        self._accepted: deque[str | Delivery[Any]] = deque(maxlen=terms.window)
+        """The last ones that were settled: their ids, or where these are not decoded yet themselves."""
         self._repeats: set[str] = set()
         self._repeats_until_s = 0.0
         self._done: set[Delivery[Any]] = set()
@@ -225,8 +224,8 @@ class Consumer(Settler):
             for delivery in self._running:
                 self._lanes.enter(delivery)
         self._repeats.clear()
-        unanswered = [d.id for settled in (*self._answers.values(), self._settled) for d in settled if d is not None]
-        self._expect_again([*self._accepted, *unanswered, *(d.id for d in self._done)])
+        accepted = (known if isinstance(known, str) else known.id for known in self._accepted)
+        self._expect_again([*accepted, *(d.id for d in self._done)])
         self._done.clear()
         self._flush()
         self._background(self._close_receiver(receiver, 1.0))
@@ -306,6 +305,13 @@ class Consumer(Settler):
         self._repeats.update(ids)
         self._repeats_until_s = self._loop.time() + max(REPEATS_S, 2 * self.terms.capabilities.lease_s)
 
+    def run_again(self, delivery: Delivery[Any]) -> None:
+        """It was settled before its handler ran, which was not recorded: when it comes again it has to run."""
+        self._repeats.discard(delivery.id)
+        for known in (delivery, delivery.id):
+            with suppress(ValueError):
+                self._accepted.remove(known)
+
     def _is_done(self, delivery: Delivery[Any]) -> bool:
         if delivery in self._done:
             self._done.discard(delivery)
@@ -329,9 +335,9 @@ class Consumer(Settler):
         delivery.settled = True
         if disposition is ACCEPT:
             self.stats.settled += 1
+            self._accepted.append(delivery._id or delivery)
         self._settlements.append((delivery.receipt, disposition))
         self._settling.append(waiter)
-        self._settled.append(delivery if disposition is ACCEPT else None)
         if self._lanes is None:
             self._unsettled.pop(delivery, None)
         else:
@@ -346,14 +352,12 @@ class Consumer(Settler):
             return
         settlements, self._settlements = self._settlements, []
         waiters, self._settling = self._settling, []
-        settled, self._settled = self._settled, []
         receiver = self._receiver
         try:
             if receiver is None:
                 raise ConnectionLost("the connection was lost before the settlement was sent")
             answer = receiver.settle_batch(settlements)
         except ConnectionLost as error:
-            self._remember(settled)
             _answer(waiters, [(i, _settle_lost(error)) for i in range(len(waiters))])
             return
         except Exception as error:
@@ -361,13 +365,12 @@ class Consumer(Settler):
             _answer(waiters, [(i, _settle_lost(error)) for i in range(len(waiters))])
             return
         if answer is None:
-            self._remember(settled)
             _answer(waiters, ())
             return
-        self._answers[answer] = settled
+        self._answers.add(answer)
 
         def answered(future: asyncio.Future[Sequence[tuple[int, MessagingError]]]) -> None:
-            del self._answers[future]
+            self._answers.discard(future)
             if future.cancelled():
                 failed: Sequence[tuple[int, MessagingError]] = [
                     (i, SettleLost("the connection was closed before the broker answered")) for i in range(len(waiters))
@@ -376,14 +379,9 @@ class Consumer(Settler):
                 failed = [(i, _settle_lost(error)) for i in range(len(waiters))]
             else:
                 failed = future.result()
-            self._remember(settled[index] for index, _ in failed)
             _answer(waiters, failed)
 
         answer.add_done_callback(answered)
-
-    def _remember(self, settled: Iterable[Delivery[Any] | None]) -> None:
-        """These are done; should the connection be lost, they may come again."""
-        self._accepted.extend(d.id for d in settled if d is not None)
 
     def _finish(self, delivery: Delivery[Any]) -> None:
         """Forget a settled delivery and let the next of its key go."""
@@ -473,7 +471,6 @@ class Consumer(Settler):
             self._unsettled.pop(follower, None)
             self._settlements.append((follower.receipt, RELEASE))
             self._settling.append(None)
-            self._settled.append(None)
         await answer
 
     # --- failure
@@ -709,7 +706,6 @@ class Consumer(Settler):
             for delivery in mine:
                 self._settlements.append((delivery.receipt, RELEASE))
                 self._settling.append(None)
-                self._settled.append(None)
 
     async def _close_receiver(self, receiver: Receiver, timeout_s: float) -> None:
         self.stats.dropped += receiver.dropped
@@ -863,7 +859,8 @@ class Workers:
                 try:
                     await consumer.ack(message)
                 except (SettleLost, AlreadySettled):
-                    continue  # it comes again
+                    consumer.run_again(message)
+                    continue
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await self._call(message)

@@ -74,7 +74,7 @@ _UNHEALING: Final = (
 class Claim:
     """One partition for as long as it is ours. A receipt is (claim, offset)."""
 
-    __slots__ = ("done", "end", "is_gone", "is_stalled", "ledger", "partition", "session", "taken")
+    __slots__ = ("done", "end", "is_gone", "is_stalled", "ledger", "partition", "refused_since_s", "session", "taken")
 
     def __init__(self, what: str, partition: int, position: int, done: set[int]) -> None:
         self.partition = partition
@@ -87,6 +87,8 @@ class Claim:
         self.is_stalled = False
         self.is_gone = False
         """The thread's own: core says `session.lost` while settlements of it are still on their way here."""
+        self.refused_since_s: float | None = None
+        """Since when the broker has refused each commit of it, for another reason than a rebalance."""
         self.taken: list[int] = []
         """Offsets of the batch at hand."""
 
@@ -158,7 +160,6 @@ class Member:
         self._settled: list[Answers] = []  # recorded here, in no commit yet
         self._commit: tuple[list[tuple[Claim, int]], list[Answers]] | None = None
         self._next_commit_s = 0.0
-        self._refused_since_s: float | None = None
         self.thread = threading.Thread(target=self._main, name="messaging-sdk-kafka-receiver", daemon=True)
 
     def order(self, work: Callable[[], object]) -> None:
@@ -478,16 +479,12 @@ class Member:
             problem = errors.get(claim.partition, error)
             claim.ledger.end_commit(stored=problem is None)
             if problem is None:
-                self._refused_since_s = None
-                continue
-            if problem.code() in _LOST:
+                claim.refused_since_s = None
+            elif problem.code() in _LOST:
                 gone.append(claim)
-                continue
-            again = True
-            self._learn_of(problem)
-            if self._lost is None and problem.code() in _UNHEALING and self._is_for_good(problem.code()):
-                self._lost = refusal(problem, self._what)
-                self.tell(self._receiver.lose, self._lost)
+            else:
+                again = True
+                self._refused(claim, problem)
         if gone:
             for waiting in answers:
                 waiting.fail(lambda: _not_ours(self._what), gone)
@@ -498,16 +495,20 @@ class Member:
         else:
             self._answer(answers)
 
+    def _refused(self, claim: Claim, error: KafkaError) -> None:
+        self._learn_of(error)
+        now = time.monotonic()
+        claim.refused_since_s = None if error.code() in _REBALANCES else claim.refused_since_s or now
+        if self._lost is None and error.code() in _UNHEALING and self._is_for_good(error.code()):
+            self._lost = refusal(error, self._what)
+            self.tell(self._receiver.lose, self._lost)
+        elif claim.refused_since_s is not None and now - claim.refused_since_s > REFUSED_S:
+            self._lose(error)
+
     def _learn_of(self, error: KafkaError) -> None:
         """What to do otherwise when a refused commit is made again."""
         if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
             self._is_noteless = True
-        if error.code() in _REBALANCES:
-            return
-        now = time.monotonic()
-        self._refused_since_s = self._refused_since_s or now
-        if now - self._refused_since_s > REFUSED_S:
-            self._lose(error)
 
     def _commit_now(self, ending: Sequence[Claim] | None = None) -> bool:
         """Commit all that is settled and wait for it; was it recorded? If not, those of `ending` (all) are lost."""
@@ -520,6 +521,7 @@ class Member:
         stored = not due or self._stored(due)
         for claim, _ in due:
             claim.ledger.end_commit(stored=stored)
+            claim.refused_since_s = None
         if not stored:
             for waiting in answers:
                 waiting.fail(lambda: _unrecorded(self._what), ending)
@@ -798,12 +800,22 @@ def meta_of(record: Record) -> Meta:
     same when it comes again."""
     headers: dict[str, str] = {}
     ours: dict[str, str] = {}
-    for name, value in cast("list[tuple[str, str | bytes | None]]", record.headers() or ()):  # never a dict on arrival
+    for name, value in _headers(record):
         raw = value if isinstance(value, bytes) else (value or "").encode()
         (ours if name in OURS else headers)[name] = raw.decode("utf-8", "replace")
     kind, at_ms = record.timestamp()
     id = ours.get(ID) or f"{record.topic()}/{record.partition()}/{record.offset()}"
     return Meta(headers, ours.get(CONTENT_TYPE), ours.get(CORRELATION), at_ms / 1000 if kind else None, id)
+
+
+def _headers(record: Record) -> list[tuple[str, str | bytes | None]]:
+    """A foreign record may have a header whose name is not UTF-8: confluent-kafka 2.16.1 raises for it, and crashes the
+    process when it is asked again. Such a record has none."""
+    try:
+        return cast("list[tuple[str, str | bytes | None]]", record.headers() or [])  # never a dict on arrival
+    except SystemError:
+        record.set_headers([])
+        return []
 
 
 def _resolve(told: Iterable[tuple[asyncio.Future[Any], object]]) -> None:

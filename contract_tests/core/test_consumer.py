@@ -559,14 +559,10 @@ def test_a_message_whose_settlement_was_lost_is_settled_again_without_a_second_r
     law(body)
 
 
-@pytest.mark.parametrize(
-    ("answer", "runs"),
-    [("none", 1), ("late", 1), ("failed", 1), ("recorded", 2)],
-)
-def test_what_was_settled_comes_again_only_where_the_broker_did_not_say_that_it_took_note(
-    answer: str, runs: int
-) -> None:
-    """After a lost connection. Recorded: so this one is another message, which someone gave the same id."""
+@pytest.mark.parametrize("is_decoded", [True, False])
+@pytest.mark.parametrize("answer", ["none", "late", "failed", "recorded"])
+def test_the_last_ones_that_were_settled_are_known_when_they_come_again(answer: str, is_decoded: bool) -> None:
+    """After a lost connection, whatever became of their settlements."""
 
     def answered(settlements: object) -> asyncio.Future[Any] | None:
         if answer == "none":
@@ -576,19 +572,58 @@ def test_what_was_settled_comes_again_only_where_the_broker_did_not_say_that_it_
             future.set_result([(0, SettleLost("not yours"))] if answer == "failed" else [])
         return future
 
+    def arrival(receiver: ScriptedReceiver) -> Delivery[Any]:
+        id = "m1" if is_decoded else None
+        return Delivery(b"", id, None, lambda: Meta(id="m1"), receipt="m1", session=receiver.session)
+
     async def body() -> None:
-        held, bench = Held(), Bench()
-        held.gates["m1"].set()
-        receiver = await bench.start(held)
+        runs = 0
+
+        async def handle(message: Message[Any]) -> None:
+            nonlocal runs
+            runs += 1
+
+        bench = Bench()
+        receiver = await bench.start(handle)
         receiver.answers = answered
-        receiver.give("m1")
+        receiver.put(arrival(receiver))
         await eventually(lambda: receiver.settled)
         await turns()
         receiver.break_with(ConnectionLost("cut"))
         await eventually(lambda: len(bench.receivers) == 2)
-        bench.receiver.give("m1")
+        bench.receiver.put(arrival(bench.receiver))
         await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
-        assert len(held.entered) == runs
+        assert runs == 1
+        await bench.stop()
+
+    law(body)
+
+
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_what_was_settled_before_its_handler_and_was_lost_runs_when_it_comes_again(is_decoded: bool) -> None:
+    async def body() -> None:
+        runs = 0
+
+        async def handle(message: Message[Any]) -> None:
+            nonlocal runs
+            runs += 1
+
+        def arrival(receiver: ScriptedReceiver) -> Delivery[Any]:
+            id = "m1" if is_decoded else None
+            return Delivery(b"", id, None, lambda: Meta(id="m1"), receipt="m1", session=receiver.session)
+
+        bench = Bench()
+        receiver = await bench.start(handle, settle_before=True)
+        receiver.answers = lambda settlements: asyncio.get_running_loop().create_future()  # never answered
+        receiver.put(arrival(receiver))
+        await eventually(lambda: receiver.settled)
+        receiver.break_with(ConnectionLost("cut"))
+        for answer in list(bench.consumer._answers):
+            answer.cancel()
+        await eventually(lambda: len(bench.receivers) == 2)
+        await turns()
+        bench.receiver.put(arrival(bench.receiver))
+        await eventually(lambda: runs == 1)
         await bench.stop()
 
     law(body)

@@ -39,6 +39,7 @@ from messaging_sdk_kafka.receiver import (
     Member,
     Receiver,
     ahead_of,
+    message_of,
     meta_of,
 )
 from messaging_sdk_kafka.sender import Link, Sender
@@ -326,10 +327,15 @@ def test_a_broker_that_goes_on_refusing_commits_costs_the_connection_a_rebalance
         def refused() -> bool:
             made._next_commit_s = 0.0
             made._begin_commit()
-            made._on_commit(KafkaError(getattr(KafkaError, code)), [TopicPartition("t", 0, 1)])
+            made._on_commit(KafkaError(getattr(KafkaError, code)), [TopicPartition("t", 0, claim.ledger.position)])
             return made._lost is not None
 
         assert not refused(), "once is no reason"
+        time.sleep(0.03)
+        assert made._commit_now() and claim.refused_since_s is None, "what is stored in between ends the count"
+        made._take(records(1))
+        settled(made, claim, 1)
+        assert not refused(), "the first of a new count"
         time.sleep(0.03)
         assert refused() is is_given_up
         if is_given_up:
@@ -528,6 +534,29 @@ def test_a_foreign_record_has_its_place_as_id_and_all_its_headers() -> None:
     assert meta_of(record).id == "t/3/7"
     assert dict(meta_of(record).headers) == {"x": "1"}
     assert meta_of(record).created_s == 1.5
+
+
+class Misnamed(Record):
+    """With a header whose name is not UTF-8: as confluent-kafka 2.16.1 does, but for the crash."""
+
+    asked = 0
+
+    def headers(self) -> list[tuple[str, bytes | None]] | None:
+        self.asked += 1
+        if self._headers is not None:
+            return self._headers
+        assert self.asked == 1, "the second call would crash the process"
+        raise SystemError("returned a result with an exception set")
+
+    def set_headers(self, headers: list[tuple[str, bytes | None]]) -> None:
+        self._headers = headers
+
+
+def test_a_foreign_record_with_a_header_that_cannot_be_read_has_none() -> None:
+    record: Any = Misnamed(7, partition=3)
+    made = message_of(record)
+    assert (made.id, made.headers, made.body) == ("t/3/7", {}, b"x")
+    assert meta_of(record).headers == {}
 
 
 def test_our_headers_are_taken_off() -> None:

@@ -63,6 +63,14 @@ class AllGroupsTogether(memory.Driver):
         return sum(store.lag() for store in self.broker.targets(destination))
 
 
+class KnowsItsOwnOnly(memory.Driver):
+    """As an adapter that counts what its own process sent and settled, and never asks."""
+
+    async def lag(self, destination: Destination[Any], group: str | None) -> int:
+        found = await super().lag(destination, group)
+        return found if self.senders or self.receivers else 0
+
+
 class AbsentIsEmpty(memory.Driver):
     async def lag(self, destination: Destination[Any], group: str | None) -> int:
         try:
@@ -84,6 +92,8 @@ DOUBLES: Final = (
      "one group settles, the other does not", AllGroupsTogether),
     Double("lag-from-the-first-unsettled", "what is settled ahead of an open message counts as left", ("LAG-04",),
      "it is settled from the last to the first", with_store(CountsFromTheFirstUnsettled)),
+    Double("lag-of-this-process", "what other processes published is not counted", ("LAG-01", "LAG-02"),
+     "it is asked elsewhere than where it was published and settled", KnowsItsOwnOnly),
     Double("lag-of-the-absent", "what does not exist is said to be empty", ("LAG-06",),
      "NotFound must be raised", AbsentIsEmpty),
 )  # fmt: skip
