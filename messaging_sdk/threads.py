@@ -28,7 +28,17 @@ class Hop:
         self._posts.append((call, args))
         if not self._armed:  # a lost race only wakes the loop twice
             self._armed = True
-            self._loop.call_soon_threadsafe(self._run)
+            try:
+                self._loop.call_soon_threadsafe(self._run)
+            except RuntimeError:
+                self._armed = False  # the next post raises, too
+                self._posts.clear()
+                raise
+
+    @property
+    def is_closed(self) -> bool:
+        """The loop was closed: what is posted, or was posted shortly before, never runs."""
+        return self._loop.is_closed()
 
     def _run(self) -> None:
         self._armed = False  # before the drain: a post after the last popleft arms again

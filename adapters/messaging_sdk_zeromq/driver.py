@@ -444,16 +444,17 @@ class Wire:
         return socket
 
     async def _bind(self, endpoint: str) -> str:
-        socket = self._made()
-        if self._home.options.curve_senders and self._sink is not None:
-            socket.set(zmq.CURVE_SERVER, 1)
-        try:
-            socket.bind(endpoint)
-        except zmq.ZMQError:
-            self.end(0)
-            raise
-        self.endpoint = socket.get_string(zmq.LAST_ENDPOINT)
-        return self.endpoint
+        with self._lock:
+            socket = self._made()
+            if self._home.options.curve_senders and self._sink is not None:
+                socket.set(zmq.CURVE_SERVER, 1)
+            try:
+                socket.bind(endpoint)
+            except zmq.ZMQError:
+                self.end(0)
+                raise
+            self.endpoint = socket.get_string(zmq.LAST_ENDPOINT)
+            return self.endpoint
 
     def _connect(self, endpoint: str) -> None:
         consumer = self._home.options.curve_consumer
@@ -528,6 +529,11 @@ class Wire:
         """Frames to read now, behind `read`. A Signal's wait in libzmq, which drops them beyond a limit, not here."""
         return BURST if self._kind != zmq.SUB else min(BURST, self._high_water - self._untold - read)
 
+    def _look(self) -> None:
+        """After something was written beside a read: its descriptor may have told of what has come since."""
+        if self._socket is not None and _events(self._socket) & READABLE:
+            self._soon()
+
     def _soon(self) -> None:
         if not self._again:
             self._again = True
@@ -538,13 +544,16 @@ class Wire:
         if self._sink is None:
             for identity, empty, *request in arrived:
                 self._put([identity, empty, *self._home.answer(request)])
+            self._look()
             return
         if self._kind == zmq.ROUTER:
-            for parts in arrived:
-                self._heard[parts[0]] = now
-                if parts[1] == PING:
+            pings = [parts for parts in arrived if parts[1] == PING]
+            self._heard |= {parts[0]: now for parts in arrived}
+            if pings:
+                for parts in pings:
                     self._put(parts)
-            arrived = [p for p in arrived if p[1] != PING]
+                self._look()
+                arrived = [p for p in arrived if p[1] != PING]
         elif self._kind == zmq.DEALER:
             arrived = [p for p in arrived if p[0] != PING]
         if self._kind == zmq.SUB:
@@ -568,6 +577,8 @@ class Wire:
 
     def _beat(self) -> None:
         self._pump()  # what was sent while this process stood still is no silence
+        if self._home.outward.is_closed:  # its loop was closed without closing the driver, and nobody will be told
+            self.end(0)
         if self._socket is None:
             return
         self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._locked, self._beat)
@@ -577,8 +588,8 @@ class Wire:
                 self._lose(identity)
         elif now - (self._heard_s if self._up else self._began) > (patience_s if self._up else DIAL_S):
             self._lose(b"")
-        elif self._up:
-            self._put([PING])
+        elif self._up and self._put([PING]):
+            self._look()
 
     def _lose(self, identity: bytes) -> None:
         if self._kind == zmq.DEALER:

@@ -148,13 +148,12 @@ class Waiting(Receiver):
             places = [self._home.endpoint(self._place.folder)]
         failure: zmq.ZMQError | None = None
         for endpoint in places:
-            wire = self._home.wire(kind, sink, **settings)
+            self._wire = self._home.wire(kind, sink, **settings)  # before it is bound: who dials already is answered
             try:
-                found = await wire.bind(endpoint)
+                found = await self._wire.bind(endpoint)
             except zmq.ZMQError as error:
-                failure = error
+                failure, self._wire = error, None
                 continue
-            self._wire = wire
             if self._place.folder is not None:
                 try:
                     self._announced = self._place.announce(found, self._group, self._instance)

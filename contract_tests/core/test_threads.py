@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from _drive import drive
 
-from messaging_sdk.threads import Calls
+from messaging_sdk.threads import Calls, Hop
 
 
 def driven(law: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -123,3 +123,14 @@ def test_an_answer_to_a_closed_loop_is_dropped_and_the_thread_ends() -> None:
     while any(t.name.startswith("orphan-") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_every_post_to_a_closed_loop_raises() -> None:
+    loop = asyncio.new_event_loop()
+    hop = Hop(loop)
+    assert not hop.is_closed
+    loop.close()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            hop.post(print)
+    assert hop.is_closed

@@ -37,6 +37,7 @@ from messaging_sdk import (
     Topic,
 )
 from messaging_sdk.model import Outgoing
+from messaging_sdk_zeromq.driver import Wire
 from messaging_sdk_zeromq.sender import FRAME_BYTES, Batch, Run, cut, weight
 
 HEAD = struct.Struct("<cBII")
@@ -517,6 +518,81 @@ def test_what_a_frozen_consumer_holds_goes_to_another(tmp_path: Path) -> None:
             worker.wait(10)
 
     drive(main(), 60)
+
+
+def test_a_sender_that_dials_before_the_endpoint_is_bound_is_welcomed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its greeting comes in the same turn of a busy loop in which the consumer learns that it is bound."""
+    endpoint = free_endpoint()
+    heard: set[bytes] = set()
+
+    def dial() -> None:
+        context = zmq.Context()
+        dealer = context.socket(zmq.DEALER)
+        dealer.set(zmq.RECONNECT_IVL, 10)
+        dealer.set(zmq.LINGER, 0)
+        dealer.connect(endpoint)
+        dealer.send_multipart([HEAD.pack(b"H", 1, 1, 0), b"sender-1", b"queue.jobs"])
+        end = time.monotonic() + 10.0
+        while b"W" not in heard and time.monotonic() < end:
+            if dealer.poll(100):
+                heard.add(dealer.recv_multipart()[0][:1])
+        dealer.close()
+        context.term()
+
+    bound = Wire.bind
+
+    async def bind(self: Wire, endpoint: str) -> str:
+        asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+        return await bound(self, endpoint)
+
+    monkeypatch.setattr(Wire, "bind", bind)
+
+    async def body() -> None:
+        jobs = Queue("jobs", bytes)
+        settings = config("zeromq://", {"jobs": {"consumers": [endpoint]}})
+        async with buses(1, settings, jobs) as (bus,):
+            stranger = threading.Thread(target=dial)
+            stranger.start()
+            async with bus.consume(jobs):
+                await asyncio.to_thread(stranger.join)
+        assert b"W" in heard
+
+    drive(body())
+
+
+def test_what_a_loop_held_that_was_closed_without_its_bus_goes_to_another(tmp_path: Path) -> None:
+    jobs = Queue(fresh("jobs"), bytes)
+    settings = config(f"zeromq://{tmp_path}/meet", silence_s=1)
+    held: list[Any] = []
+
+    def leave_it_open() -> None:
+        async def take() -> None:
+            bus = Bus(settings)
+            bus.declare(jobs)
+            await bus.open()
+            consuming = bus.consume(jobs, window=5)
+            held.extend((bus, consuming, await (await consuming.__aenter__()).next(10.0)))
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(take())
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    async def body() -> None:
+        async with buses(1, settings, jobs) as (bus,):
+            victim = threading.Thread(target=leave_it_open)
+            victim.start()
+            publish = asyncio.create_task(bus.publish(jobs, b"x", timeout_s=20))
+            await asyncio.to_thread(victim.join)
+            async with bus.consume(jobs) as stream:
+                found = await stream.next(10.0)
+                assert found is not None and held[2].id == found.id
+                await found.ack()
+            await publish
+
+    drive(body())
 
 
 def test_a_blocked_loop_loses_no_link(tmp_path: Path) -> None:
