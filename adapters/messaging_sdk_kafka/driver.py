@@ -31,7 +31,7 @@ from messaging_sdk.destination import Destination
 from messaging_sdk.errors import ConfigError, ConnectError, NotFound
 
 from . import options as kafka
-from .errors import all_are_down, native_of, no_protocol, refusal
+from .errors import native_of, no_protocol, refusal
 from .options import MESSAGE_ROOM, Options, group_id, promises, topic_name
 from .reader import HistoryReader, offsets_at
 from .receiver import Member, Receiver, ahead_of
@@ -135,8 +135,7 @@ class Driver(spi.Driver):
             admin.poll(0)
             codes = {error.code() for error in self._troubles}
             alone = len(self.address.hosts) == 1  # one bad host of several is the client's business
-            telling = codes - {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN}
-            is_hopeless = any(map(all_are_down, self._troubles)) or (alone and telling)
+            is_hopeless = KafkaError._ALL_BROKERS_DOWN in codes or (alone and codes - {KafkaError._TRANSPORT})
             if is_hopeless and not waiting.done():
                 waiting.cancel()
                 worst = min(self._troubles, key=lambda e: e.code() == KafkaError._ALL_BROKERS_DOWN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
@@ -84,15 +83,6 @@ class Solitude:
         self._alone = 0 if any(b.get("source") in ("learned", "configured") for b in brokers) else self._alone + 1
         if self._alone > 1:
             self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
-
-
-def all_are_down(error: KafkaError) -> bool:
-    """Does the client say that no broker of the cluster is left? It compares two counters while others change them
-    (librdkafka 2.16): "0/2 brokers are down" says of itself that it is not so."""
-    if error.code() != KafkaError._ALL_BROKERS_DOWN:
-        return False
-    counted = re.match(r"(\d+)/(\d+) brokers are down", error.str())
-    return counted is None or int(counted[1]) >= int(counted[2])
 
 
 def native_of(error: BaseException) -> KafkaError | None:

@@ -18,7 +18,7 @@ from messaging_sdk import spi
 from messaging_sdk.errors import ConnectError, MessagingError, OutOfRange, UsageError
 from messaging_sdk.model import Message
 
-from .errors import TABLE, UNKNOWN_TOPIC, Solitude, all_are_down, loss, refusal
+from .errors import TABLE, UNKNOWN_TOPIC, Solitude, loss, refusal
 from .receiver import BATCH, message_of
 
 ANSWER_S: Final = 5.0
@@ -177,7 +177,7 @@ class HistoryReader(spi.Reader):
 
     def _on_error(self, error: KafkaError) -> None:
         """Within a poll."""
-        if all_are_down(error) or error.fatal():
+        if error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
             self._failed = self._failed or loss(error, self._what)
 
     def position(self) -> str:

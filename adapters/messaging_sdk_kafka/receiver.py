@@ -22,7 +22,7 @@ from messaging_sdk.spi import Disposition, OnRevoke
 from messaging_sdk.spi import Receiver as ReceiverContract
 from messaging_sdk.threads import Hop
 
-from .errors import TABLE, UNKNOWN_TOPIC, Solitude, all_are_down, loss, native_of, no_protocol, no_release, refusal
+from .errors import TABLE, UNKNOWN_TOPIC, Solitude, loss, native_of, no_protocol, no_release, refusal
 from .sender import CONTENT_TYPE, CORRELATION, ID, OURS
 
 BATCH: Final = 500
@@ -391,7 +391,7 @@ class Member:
         """Within a poll. One broker that is down is the client's business, all of them ours."""
         if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL) and not self._joined_s:
             self._lost = self._lost or refusal(error, self._what)
-        elif all_are_down(error) or error.fatal():
+        elif error.code() == KafkaError._ALL_BROKERS_DOWN or error.fatal():
             self._lose(error)
 
     def _left_alone(self, error: KafkaError) -> None:

@@ -17,7 +17,7 @@ from messaging_sdk.spi import OnOutcomes, Outcomes
 from messaging_sdk.spi import Sender as SenderContract
 from messaging_sdk.threads import Hop
 
-from .errors import Solitude, all_are_down, loss, native_of, refusal, report
+from .errors import Solitude, loss, native_of, refusal, report
 
 ID: Final = "messaging-id"
 CONTENT_TYPE: Final = "messaging-content-type"
@@ -78,7 +78,7 @@ class Link:
     def _on_error(self, error: KafkaError) -> None:
         """On the thread. A single broker that is down is the client's business, all of them ours."""
         self.trouble = error.str()
-        if self.lost is None and all_are_down(error):
+        if self.lost is None and error.code() == KafkaError._ALL_BROKERS_DOWN:
             self.lost = loss(error, self._what)
 
     def tell(self, call: Callable[..., object], *args: Any) -> None:

@@ -29,7 +29,7 @@ from messaging_sdk.model import Outgoing
 from messaging_sdk.spi import ACCEPT, Outcomes
 from messaging_sdk_kafka import Driver
 from messaging_sdk_kafka.driver import producer_config
-from messaging_sdk_kafka.errors import TABLE, Solitude, all_are_down, refusal, report
+from messaging_sdk_kafka.errors import TABLE, Solitude, refusal, report
 from messaging_sdk_kafka.options import group_id
 from messaging_sdk_kafka.receiver import (
     ASIDE,
@@ -340,28 +340,6 @@ def test_a_broker_that_goes_on_refusing_commits_costs_the_connection_a_rebalance
         assert refused() is is_given_up
         if is_given_up:
             assert isinstance(made._lost, ConnectionLost) and code in str(made._lost)
-
-    within(body)
-
-
-@pytest.mark.parametrize(
-    ("said", "is_lost"), [("2/2 brokers are down", True), ("0/2 brokers are down", False), ("", True)]
-)
-def test_a_client_that_says_all_brokers_are_down_and_counts_fewer_is_not_believed(said: str, is_lost: bool) -> None:
-    """Its counters change while it compares them."""
-    error = KafkaError(KafkaError._ALL_BROKERS_DOWN, said)
-    assert all_are_down(error) is is_lost
-    assert not all_are_down(KafkaError(KafkaError._TRANSPORT, "2/2 brokers are down"))
-
-    def body() -> None:
-        made, _, _ = member()
-        made._joined_s = 1.0
-        made._on_error(error)
-        assert (made._lost is not None) is is_lost
-        link = Link({**MOCK}, asyncio.get_running_loop(), "c")
-        link._on_error(error)
-        assert (link.lost is not None) is is_lost
-        link.close()
 
     within(body)
 
