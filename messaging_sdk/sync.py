@@ -351,11 +351,15 @@ class Delivery(Generic[T]):
         self._delivery = delivery
         self.data: T = delivery.data
         self.body = delivery.body
-        self.id = delivery.id
         self.key = delivery.key
         self.attempt = delivery.attempt
         self.deliveries = delivery.deliveries
         self.redelivered = delivery.redelivered
+
+    @property
+    def id(self) -> str:
+        """See messaging_sdk.Message.id."""
+        return self._delivery.id
 
     @property
     def headers(self) -> Mapping[str, str]:
