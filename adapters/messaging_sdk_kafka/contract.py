@@ -129,8 +129,9 @@ class Harness(harness.ContainerHarness):
                 record = consumer.poll(0.1)
                 if record is not None and record.error() is None:
                     consumer.commit(message=record, asynchronous=False)
-                    plain = {n: v for n, v in meta_of(record).headers.items() if not n.startswith("messaging-")}
-                    found.append(NativeMessage(record.value() or b"", plain, meta_of(record).id))
+                    meta = meta_of(record)
+                    plain = {n: v for n, v in meta.headers.items() if not n.startswith("messaging-")}
+                    found.append(NativeMessage(record.value() or b"", plain, meta.id))
             consumer.close()
             return found
 

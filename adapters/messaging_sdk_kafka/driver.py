@@ -481,9 +481,12 @@ def _ends(topic: str, count: int, client: Consumer) -> list[TopicPartition]:
     return [TopicPartition(topic, p, end) for p, end in offsets_at(client, topic, range(count), OFFSET_END).items()]
 
 
+def _commits(topic: str, count: int, client: Consumer) -> list[TopicPartition]:
+    return client.committed([TopicPartition(topic, n) for n in range(count)], timeout=_ANSWER_S)
+
+
 def _uncommitted(topic: str, count: int, client: Consumer) -> int:
-    found = client.committed([TopicPartition(topic, n) for n in range(count)], timeout=_ANSWER_S)
-    return sum(p.offset < 0 for p in found)
+    return sum(p.offset < 0 for p in _commits(topic, count, client))
 
 
 def _missing_commits(topic: str, count: int, client: Consumer, *, makes: bool) -> int:
@@ -517,10 +520,9 @@ def _commit_as_stranger(ends: list[TopicPartition], client: Consumer) -> None:
 
 def _lag(topic: str, count: int, client: Consumer) -> int:
     """The ends are read after the commits are: what is published meanwhile counts, and nothing is counted below 0."""
-    every = range(count)
-    found = client.committed([TopicPartition(topic, p) for p in every], timeout=_ANSWER_S)
-    firsts, ends = (offsets_at(client, topic, every, moment) for moment in (OFFSET_BEGINNING, OFFSET_END))
-    return sum(left_of(at, firsts[at.partition], ends[at.partition]) for at in found)
+    commits = _commits(topic, count, client)
+    firsts, ends = (offsets_at(client, topic, range(count), moment) for moment in (OFFSET_BEGINNING, OFFSET_END))
+    return sum(left_of(at, firsts[at.partition], ends[at.partition]) for at in commits)
 
 
 def left_of(committed: TopicPartition, first: int, end: int) -> int:
