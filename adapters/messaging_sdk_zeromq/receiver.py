@@ -33,7 +33,6 @@ SMALL: Final = 50  # half a window that is not worth halving
 REMEMBERED: Final = 20_000  # settled ids whose settlement may be lost with a link
 
 Known = tuple[str, float]  # id and creation time: an id that is published again is another message
-Receipt = tuple["Given", int]  # frame, index in it
 
 
 class Peer(Session):

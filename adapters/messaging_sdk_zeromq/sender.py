@@ -180,14 +180,13 @@ def odd(m: Outgoing) -> bool:
 
 def problem(name: str, message: Outgoing) -> MessagingError | None:
     """Why `message` cannot be sent."""
-    if not odd(message):
-        return None
-    if message.delay_s is not None or message.ttl_s is not None or message.priority is not None:
-        asked = {"delay": message.delay_s, "ttl": message.ttl_s, "priority": message.priority}
-        return CapabilityError([u for f, v in asked.items() if v is not None for u in errors.absent(name, f).unmet])
+    asked = {"delay": message.delay_s, "ttl": message.ttl_s, "priority": message.priority}
+    unmet = [u for f, v in asked.items() if v is not None for u in errors.absent(name, f).unmet]
+    if unmet:
+        return CapabilityError(unmet)
     if len(message.body) > MAX_BODY:
         return errors.too_large(len(message.body), MAX_BODY)
-    return InvalidMessage(f"{name}: a message id has a line break")
+    return InvalidMessage(f"{name}: a message id has a line break") if "\n" in message.id else None
 
 
 def weight(m: Outgoing) -> int:
