@@ -49,22 +49,8 @@ def publish_windowed(job: Job) -> Sample:
 
 
 def consume(job: Job) -> Sample:
-    watch, seen = Stopwatch(), 0
-
-    def handle(_: bytes) -> None:
-        nonlocal seen
-        seen += 1
-
     with closing(Consumer.from_config(_input(job))) as consumer:
-        while seen < job.count:
-            messages, token = consumer.poll_batch(PREFETCH, _WAIT_MS)
-            assert token is not None, f"{seen} of {job.count} came"
-            if not seen:
-                watch.start()
-            for message in messages:
-                handle(message.payload)
-            consumer.ack(token)
-        return watch.stop(job.count)
+        return _received(consumer, job)
 
 
 def latency(job: Job) -> Sample:
@@ -125,26 +111,10 @@ def peer_signal_send(job: Job) -> None:
 
 
 def signal_receive(job: Job) -> Sample:
-    watch, seen = Stopwatch(), 0
-
-    def handle(_: bytes) -> None:
-        nonlocal seen
-        seen += 1
-
     with closing(Consumer.from_config(_zeromq(job, "sub", bind=True))) as consumer, beside(job):
         consumer.poll_batch(1, _WAIT_MS)
         _greeted(job).touch()
-        while seen < job.count:
-            messages, token = consumer.poll_batch(PREFETCH, _WAIT_MS)
-            assert token is not None, f"{seen} of {job.count} came"
-            if not seen:
-                messages = [message for message in messages if message.payload != _GREETING]
-                if messages:
-                    watch.start()
-            for message in messages:
-                handle(message.payload)
-            consumer.ack(token)
-        return watch.stop(job.count)
+        return _received(consumer, job)
 
 
 def peer_signal_receive(job: Job) -> None:
@@ -153,6 +123,27 @@ def peer_signal_receive(job: Job) -> None:
     _greet(publisher, job)
     _send(publisher, job.body, job.count)
     time.sleep(60)  # until it is killed
+
+
+def _received(consumer: Consumer, job: Job) -> Sample:
+    """From the first message on, greetings ahead of it left out."""
+    watch, seen = Stopwatch(), 0
+
+    def handle(_: bytes) -> None:
+        nonlocal seen
+        seen += 1
+
+    while seen < job.count:
+        messages, token = consumer.poll_batch(PREFETCH, _WAIT_MS)
+        assert token is not None, f"{seen} of {job.count} came"
+        if not seen:
+            messages = [message for message in messages if message.payload != _GREETING]
+            if messages:
+                watch.start()
+        for message in messages:
+            handle(message.payload)
+        consumer.ack(token)
+    return watch.stop(job.count)
 
 
 def _windowed(publisher: Publisher, job: Job) -> Sample:

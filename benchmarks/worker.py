@@ -11,31 +11,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from types import ModuleType
-from typing import Final, cast
+from typing import cast
 
 from .job import Job, Sample
-
-_MODULES: Final = {
-    ("rabbitmq", "usual"): "raw_rabbitmq",
-    ("rabbitmq", "best"): "raw_rabbitmq",
-    ("nats", "usual"): "raw_nats",
-    ("nats", "best"): "raw_nats",
-    ("sqs", "usual"): "raw_sqs",
-    ("kafka", "usual"): "raw_kafka",
-    ("kafka", "best"): "raw_kafka",
-    ("kafka", "faststream"): "with_faststream",
-    ("zeromq", "usual"): "raw_zeromq",
-    ("zeromq", "ours"): "ours_zeromq",
-    ("rabbitmq", "faststream"): "with_faststream",
-    ("nats", "faststream"): "with_faststream",
-    ("rabbitmq", "kombu"): "with_kombu",
-    ("sqs", "kombu"): "with_kombu",
-    ("rabbitmq", "mq_bridge"): "with_mq_bridge",
-    ("nats", "mq_bridge"): "with_mq_bridge",
-    ("sqs", "mq_bridge"): "with_mq_bridge",
-    ("kafka", "mq_bridge"): "with_mq_bridge",
-    ("zeromq", "mq_bridge"): "with_mq_bridge",
-}
+from .plan import PEERS
 
 
 def main() -> None:
@@ -55,7 +34,11 @@ def measuring(job: Job) -> Callable[[Job], Sample]:
 
 
 def module_name(broker: str, client: str) -> str:
-    return _MODULES.get((broker, client), "core_only" if broker == "core" else "ours")
+    if client in PEERS:
+        return f"with_{client}"
+    if client in ("usual", "best"):
+        return f"raw_{broker}"
+    return {"core": "core_only", "zeromq": "ours_zeromq"}.get(broker, "ours")
 
 
 def _module_of(job: Job) -> ModuleType:
