@@ -56,6 +56,12 @@ class Held:
         await self.gates[message.id].wait()
 
 
+def arrival(receiver: ScriptedReceiver, is_decoded: bool) -> Delivery[Any]:
+    """One delivery of m1, its id at hand or in its meta."""
+    id = "m1" if is_decoded else None
+    return Delivery(b"", id, None, lambda: Meta(id="m1"), receipt="m1", session=receiver.session)
+
+
 # --- settling
 
 
@@ -572,28 +578,19 @@ def test_the_last_ones_that_were_settled_are_known_when_they_come_again(answer: 
             future.set_result([(0, SettleLost("not yours"))] if answer == "failed" else [])
         return future
 
-    def arrival(receiver: ScriptedReceiver) -> Delivery[Any]:
-        id = "m1" if is_decoded else None
-        return Delivery(b"", id, None, lambda: Meta(id="m1"), receipt="m1", session=receiver.session)
-
     async def body() -> None:
-        runs = 0
-
-        async def handle(message: Message[Any]) -> None:
-            nonlocal runs
-            runs += 1
-
-        bench = Bench()
-        receiver = await bench.start(handle)
+        held, bench = Held(), Bench()
+        held.gates["m1"].set()
+        receiver = await bench.start(held)
         receiver.answers = answered
-        receiver.put(arrival(receiver))
+        receiver.put(arrival(receiver, is_decoded))
         await eventually(lambda: receiver.settled)
         await turns()
         receiver.break_with(ConnectionLost("cut"))
         await eventually(lambda: len(bench.receivers) == 2)
-        bench.receiver.put(arrival(bench.receiver))
+        bench.receiver.put(arrival(bench.receiver, is_decoded))
         await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
-        assert runs == 1
+        assert held.entered == ["m1"]
         await bench.stop()
 
     law(body)
@@ -602,28 +599,19 @@ def test_the_last_ones_that_were_settled_are_known_when_they_come_again(answer: 
 @pytest.mark.parametrize("is_decoded", [True, False])
 def test_what_was_settled_before_its_handler_and_was_lost_runs_when_it_comes_again(is_decoded: bool) -> None:
     async def body() -> None:
-        runs = 0
-
-        async def handle(message: Message[Any]) -> None:
-            nonlocal runs
-            runs += 1
-
-        def arrival(receiver: ScriptedReceiver) -> Delivery[Any]:
-            id = "m1" if is_decoded else None
-            return Delivery(b"", id, None, lambda: Meta(id="m1"), receipt="m1", session=receiver.session)
-
-        bench = Bench()
-        receiver = await bench.start(handle, settle_before=True)
+        held, bench = Held(), Bench()
+        held.gates["m1"].set()
+        receiver = await bench.start(held, settle_before=True)
         receiver.answers = lambda settlements: asyncio.get_running_loop().create_future()  # never answered
-        receiver.put(arrival(receiver))
+        receiver.put(arrival(receiver, is_decoded))
         await eventually(lambda: receiver.settled)
         receiver.break_with(ConnectionLost("cut"))
         for answer in list(bench.consumer._answers):
             answer.cancel()
         await eventually(lambda: len(bench.receivers) == 2)
         await turns()
-        bench.receiver.put(arrival(bench.receiver))
-        await eventually(lambda: runs == 1)
+        bench.receiver.put(arrival(bench.receiver, is_decoded))
+        await eventually(lambda: held.entered == ["m1"])
         await bench.stop()
 
     law(body)

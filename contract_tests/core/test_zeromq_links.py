@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -329,9 +329,41 @@ async def foreign_sender(tmp_path: Path, queue: Queue[bytes], session: int = 1) 
         context.term()
 
 
-def bodies_frame(frame: int, body: bytes, rest: bytes = b"{}", attempt: int = 1, created_s: float = 1.5) -> list[bytes]:
-    block = [struct.pack("<I", len(body)), body, b"id-1", struct.pack("<d", created_s), rest]
+def frame_of(
+    frame: int,
+    ids: Sequence[str] = ("id-1",),
+    *,
+    body: bytes = b"x",
+    rest: bytes = b"{}",
+    attempt: int = 1,
+    created_s: float = 1.5,
+) -> list[bytes]:
+    """A frame of session 1 with a message of this body for each id."""
+    count = len(ids)
+    lengths, created = struct.pack(f"<{count}I", *[len(body)] * count), struct.pack(f"<{count}d", *[created_s] * count)
+    block = [lengths, body * count, "\n".join(ids).encode(), created, rest]
     return [HEAD.pack(b"B", 1, 1, frame), struct.pack("<I", attempt), *block]
+
+
+@asynccontextmanager
+async def foreign_consumer(queue: Queue[bytes]) -> AsyncIterator[tuple[Any, Bus]]:
+    """A ROUTER that is no receiver of ours, and a bus that has it as the one consumer of `queue`."""
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    try:
+        endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+        async with buses(1, config("zeromq://", {queue.name: {"consumers": [endpoint]}}), queue) as (sender,):
+            yield router, sender
+    finally:
+        router.close(0)
+        context.term()
+
+
+def welcome(router: Any, identity: bytes, hello: bytes, limit: int) -> int:
+    """Give a sender that said `hello` its credit; return the session."""
+    session: int = HEAD.unpack(hello)[2]
+    router.send_multipart([identity, HEAD.pack(b"W", 1, session, limit)])
+    return session
 
 
 @pytest.mark.parametrize("created_s", [2.5, 0.0])
@@ -345,11 +377,11 @@ def test_an_id_that_is_published_again_is_another_message(tmp_path: Path, create
             reader.consume(queue) as stream,
             foreign_sender(tmp_path, queue) as dealer,
         ):
-            dealer.send_multipart(bodies_frame(1, b"first", created_s=1.5 if created_s else 0.0))
+            dealer.send_multipart(frame_of(1, body=b"first", created_s=1.5 if created_s else 0.0))
             delivery = await stream.next(5)
             assert delivery is not None
             await delivery.ack()
-            dealer.send_multipart(bodies_frame(2, b"second", attempt=2, created_s=created_s))
+            dealer.send_multipart(frame_of(2, body=b"second", attempt=2, created_s=created_s))
             delivery = await stream.next(5)
             assert delivery is not None and delivery.body == b"second"
 
@@ -369,8 +401,8 @@ def test_a_malformed_frame_harms_neither_the_consumer_nor_others_in_its_burst(tm
             foreign_sender(tmp_path, queue) as good,
         ):
             await asyncio.sleep(0.1)  # both are greeted
-            bad.send_multipart(bodies_frame(1, b"bad", rest))
-            good.send_multipart(bodies_frame(1, b"good"))
+            bad.send_multipart(frame_of(1, body=b"bad", rest=rest))
+            good.send_multipart(frame_of(1, body=b"good"))
             time.sleep(0.2)  # noqa: ASYNC251  # so that both arrive in one burst
             delivery = await stream.next(5)
             assert delivery is not None and delivery.body == b"good"
@@ -388,7 +420,7 @@ def test_a_sender_whose_session_was_dropped_while_it_stood_still_is_told_so(tmp_
             reader.consume(queue) as stream,
             foreign_sender(tmp_path, queue) as dealer,
         ):
-            dealer.send_multipart(bodies_frame(1, b"x"))
+            dealer.send_multipart(frame_of(1, body=b"x"))
             assert await stream.next(5) is not None
             deadline = time.monotonic() + 5  # it sends no ping: after `silence_s` its session ends
             kinds = []
@@ -404,27 +436,21 @@ def test_a_consumer_that_talks_nonsense_loses_its_link_and_no_message(tmp_path: 
     """A frame that is too short ends the link; the sender calls again and sends what is unsettled."""
 
     async def main() -> None:
-        queue, context = Queue(fresh(), bytes), zmq.Context()
-        router = context.socket(zmq.ROUTER)
-        endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
-        table = config("zeromq://", {queue.name: {"consumers": [endpoint]}})
+        queue = Queue(fresh(), bytes)
         greeted, got = 0, []
-        async with buses(1, table, queue) as (sender,):
+        async with foreign_consumer(queue) as (router, sender):
             sending = asyncio.ensure_future(sender.publish(queue, b"x", timeout_s=10))
             while len(got) < 2:
                 assert await asyncio.to_thread(router.poll, 5000), "the sender gave up"
                 identity, head, *rest = router.recv_multipart()
                 if head[:1] == b"H":
                     greeted += 1
-                    session = HEAD.unpack(head)[2]
-                    router.send_multipart([identity, HEAD.pack(b"W", 1, session, 5)])
+                    welcome(router, identity, head, 5)
                 elif head[:1] == b"B":
                     got.append(rest[2])
                     router.send_multipart([identity, b"A"])
             sending.cancel()
         assert (greeted, got) == (2, [b"x", b"x"])
-        router.close(0)
-        context.term()
 
     drive(main(), 40)
 
@@ -679,12 +705,6 @@ def test_without_a_free_descriptor_nobody_is_taken_for_gone(tmp_path: Path, monk
     drive(main(), 40)
 
 
-def frame_of(frame: int, ids: list[str], attempt: int = 1) -> list[bytes]:
-    lengths, created = struct.pack(f"<{len(ids)}I", *[1] * len(ids)), struct.pack(f"<{len(ids)}d", *[1.5] * len(ids))
-    block = [lengths, b"x" * len(ids), "\n".join(ids).encode(), created, b"{}"]
-    return [HEAD.pack(b"B", 1, 1, frame), struct.pack("<I", attempt), *block]
-
-
 async def settlements(dealer: Any, count: int) -> list[tuple[int, ...]]:
     """The next `count` A's of a consumer: frame, how many, their indexes."""
     said: list[tuple[int, ...]] = []
@@ -700,23 +720,19 @@ def test_each_outcome_is_told_once_whatever_the_settlements_name(tmp_path: Path)
     """In no order, some twice, some of no message, of no frame: what is named is settled, what is not comes again."""
 
     async def main() -> None:
-        queue, context = Queue(fresh(), bytes), zmq.Context()
-        router = context.socket(zmq.ROUTER)
-        endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
-        table = config("zeromq://", {queue.name: {"consumers": [endpoint]}})
+        queue = Queue(fresh(), bytes)
+        async with foreign_consumer(queue) as (router, sender):
 
-        async def heard(kind: bytes) -> list[bytes]:
-            while True:
-                assert await asyncio.to_thread(router.poll, 5000), f"no {kind!r}"
-                parts: list[bytes] = router.recv_multipart()
-                if parts[1][:1] == kind:
-                    return parts
+            async def heard(kind: bytes) -> list[bytes]:
+                while True:
+                    assert await asyncio.to_thread(router.poll, 5000), f"no {kind!r}"
+                    parts: list[bytes] = router.recv_multipart()
+                    if parts[1][:1] == kind:
+                        return parts
 
-        async with buses(1, table, queue) as (sender,):
             sends = [asyncio.ensure_future(sender.publish(queue, b"%d" % n, timeout_s=20)) for n in range(6)]
             identity, head, *_ = await heard(b"H")
-            session = HEAD.unpack(head)[2]
-            router.send_multipart([identity, HEAD.pack(b"W", 1, session, 10)])
+            session = welcome(router, identity, head, 10)
             got: dict[tuple[int, int], int] = {}
             while len(got) < 6:
                 _, head, _, lengths, joined, *_ = await heard(b"B")
@@ -736,13 +752,11 @@ def test_each_outcome_is_told_once_whatever_the_settlements_name(tmp_path: Path)
             assert [s.done() for s in sends] == [True, True, True, False, True, False]
             router.send_multipart([identity, HEAD.pack(b"?", 1, session, 0)])  # the link ends: the rest comes again
             identity, head, *_ = await heard(b"H")
-            router.send_multipart([identity, HEAD.pack(b"W", 1, HEAD.unpack(head)[2], 10)])
+            welcome(router, identity, head, 10)
             again = {(await heard(b"B"))[4] for _ in range(2)}
             assert again == {b"3", b"5"}, "in two frames, since 5 has one attempt more"
             for send in sends:
                 send.cancel()
-        router.close(0)
-        context.term()
 
     drive(main(), 40)
 
