@@ -21,6 +21,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource  # where its type is known; the same as in `admin`
+from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.cimpl import NewTopic
 from pydantic import BaseModel
 
@@ -45,6 +46,8 @@ _POLL_S: Final = 0.02
 _FRESH_S: Final = 10.0
 """How long a topic may take until each partition has a leader."""
 _FRESH_POLL_S: Final = 0.05
+_LED_S: Final = 3.0
+"""How long a sender waits for leaders; a partition that has none is not to keep messages from the others."""
 _ANSWER_S: Final = 5.0
 _SIGNAL_RETENTION_S: Final = 60.0
 """Nobody reads an old signal."""
@@ -309,8 +312,9 @@ class Driver(spi.Driver):
     # --- senders and receivers
 
     async def open_sender(self, destination: Destination[Any]) -> Sender:
-        topic, _ = await self._topic(destination)
+        topic, count = await self._topic(destination)
         what = f"{destination} on {self.address}"
+        await self._led(topic, count)
         link = self._link(destination.settles)
         try:  # by the producer, so that it is connected, and knows when it is not any more
             known = await asyncio.to_thread(link.producer.list_topics, topic, self._options.connect_timeout_s)
@@ -325,7 +329,7 @@ class Driver(spi.Driver):
             raise ConnectError(str(link.lost))
         self._partitions[topic] = len(found.partitions)
         limit = self._options.max_message_bytes - MESSAGE_ROOM
-        return Sender(link, topic, len(found.partitions), what, max_body=limit)
+        return Sender(link, topic, len(found.partitions), what, max_body=limit, confirmed=destination.settles)
 
     async def _topic(self, destination: Destination[Any]) -> tuple[str, int]:
         """The topic's name and partitions. A Signal's is made when it is first used, whatever `provision` says."""
@@ -339,6 +343,19 @@ class Driver(spi.Driver):
             await self._create(admin, [destination])
             found = await self._described(admin, topic, is_made=True)
         return topic, len(found.partitions)
+
+    async def _led(self, topic: str, count: int) -> None:
+        """Wait until each partition's leader knows that it is one, for a moment at most: one that was just made refuses
+        a producer's first messages, and may by then take those behind them."""
+        admin, end = self._opened(), time.monotonic() + _LED_S
+        latest = cast(Any, OffsetSpec).latest()  # which has no types
+        ends = {TopicPartition(topic, n): latest for n in range(count)}
+        while time.monotonic() < end:
+            asked = map(asyncio.wrap_future, admin.list_offsets(ends, request_timeout=_LED_S).values())
+            found = [native_of(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)]
+            if not any(error is not None and error.code() in _FRESH for error in found):
+                return
+            await asyncio.sleep(_FRESH_POLL_S)
 
     def _link(self, confirmed: bool) -> Link:
         """The producer that all senders of a kind share; a new one when it was lost."""

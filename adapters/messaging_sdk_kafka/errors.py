@@ -85,7 +85,7 @@ class Solitude:
             self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
 
-def native_of(error: BaseException) -> KafkaError | None:
+def native_of(error: object) -> KafkaError | None:
     """The KafkaError inside what the client raised."""
     found: Any = error.args[0] if isinstance(error, KafkaException) and error.args else None
     return found if isinstance(found, KafkaError) else None

@@ -327,6 +327,9 @@ class Member:
                 continue
             offset = cast(int, record.offset())
             if offset < claim.end:
+                if offset >= claim.ledger.position:
+                    self._lose(_read_again(offset))
+                    break
                 claim = self._begun_anew(claim, offset)
                 if settles:  # what was taken just now went with the old claim
                     found = [d for d in found if not cast("Delivery[Any]", d).session.lost]
@@ -826,6 +829,12 @@ def _resolve(told: Iterable[tuple[asyncio.Future[Any], object]]) -> None:
 
 async def _awaited(on_revoke: OnRevoke, sessions: Sequence[Session], deadline_s: float) -> None:
     await on_revoke(sessions, deadline_s)
+
+
+def _read_again(offset: int) -> KafkaError:
+    """From amid what is out: the client's doing, or other messages than before. Only the commit tells what is settled,
+    so another member is to begin there."""
+    return KafkaError(KafkaError.OFFSET_OUT_OF_RANGE, f"the client reads again from offset {offset}")
 
 
 def _not_ours(what: str) -> SettleLost:

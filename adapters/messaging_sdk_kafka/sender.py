@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Message as Record
 
 from messaging_sdk.errors import CapabilityError, ConnectionLost, InvalidMessage, MessagingError, TooLarge, Unmet
 from messaging_sdk.model import SENT, Outgoing, SendResult, indeterminate, rejected
@@ -105,13 +106,13 @@ class Slot:
         self.reports = [partial(self._report, index) for index in range(sender.max_batch)]
         self.messages: Sequence[Outgoing] = ()
         self.on_outcomes: OnOutcomes | None = None
-        self.failed: dict[int, KafkaError] = {}
+        self.failed: dict[int, KafkaError | None] = {}
         self.refused: dict[int, SendResult] = {}
         self.reported = 0  # the thread's
         self.taken = -1  # the loop's; known when the whole batch was handed over
 
-    def _report(self, index: int, error: KafkaError | None, _message: object) -> None:
-        if error is not None:
+    def _report(self, index: int, error: KafkaError | None, message: Record) -> None:
+        if error is not None or (message.offset() is None and self.sender.confirmed):
             self.failed[index] = error
         self.reported += 1
         if self.reported == self.taken:
@@ -126,8 +127,9 @@ class Sender(SenderContract):
 
     max_in_flight = 2
 
-    def __init__(self, link: Link, topic: str, partitions: int, what: str, *, max_body: int) -> None:
+    def __init__(self, link: Link, topic: str, partitions: int, what: str, *, max_body: int, confirmed: bool) -> None:
         self.link = link
+        self.confirmed = confirmed
         self._topic = topic
         self._partitions = partitions
         self._what = what
@@ -191,7 +193,12 @@ class Sender(SenderContract):
             self._idle.set_result(None)
         on_outcomes(outcomes)
 
-    def _failure(self, error: KafkaError) -> SendResult:
+    def _failure(self, error: KafkaError | None) -> SendResult:
+        """`error`: None where the client took a message for stored since a later one of its partition was. That is not
+        so where the partition had just got its leader, which refused the one and takes any sequence from a producer
+        that it has no record of (librdkafka 2.16; confluent-kafka-go issue 921)."""
+        if error is None:
+            return indeterminate(ConnectionLost(f"{self._what}: no answer for this message, only for a later one"))
         if error.code() == KafkaError._DESTROY and self.link.lost is not None:  # the client was, not the topic
             return indeterminate(loss(error, self._what))
         trouble = self.link.trouble if error.code() == KafkaError._MSG_TIMED_OUT else ""

@@ -36,7 +36,7 @@ def test_a_key_goes_where_the_java_client_sends_it() -> None:
 
     async def body() -> None:
         link = Link(config, asyncio.get_running_loop(), "mock")
-        sender = Sender(link, "t", PARTITIONS, "mock", max_body=1000)
+        sender = Sender(link, "t", PARTITIONS, "mock", max_body=1000, confirmed=True)
         told: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
         produce = link.producer.produce
         messages = [Outgoing(b"x", key, key) for key in JAVA_MURMUR2]

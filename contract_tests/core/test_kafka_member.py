@@ -248,13 +248,35 @@ def test_a_commit_keeps_the_note_of_an_earlier_owner_until_it_has_come_to_it() -
 def test_a_log_that_was_cut_off_is_read_again_by_a_claim_of_its_own() -> None:
     def body() -> None:
         made, _, claim = member(window=10)
+        made._take(records(0, 1, 2, 3, 4, 5, 6))
+        settled(made, claim, 0, 1, 2, 3, 4)
         told = noting(made)
         made._hand_over = lambda claims, deadline_s: None  # type: ignore[method-assign]
-        made._take(records(5, 6, 2, 3))
+        made._take(records(7, 2, 3))
         ((_, found),) = told
         assert [d.receipt[1] for d in found] == [2, 3]
         assert claim.session.lost and made._claims[0] is found[0].receipt[0] is not claim
-        assert made._out == 2
+        assert made._out == 2 and made._lost is None
+
+    within(body)
+
+
+def test_a_client_that_reads_again_from_amid_what_is_out_costs_the_connection() -> None:
+    """Going on there would forget what is out before it: only another member, from the commit on, gets that again."""
+
+    def body() -> None:
+        made, client, claim = member(window=10)
+        made._joined_s = 1.0
+        made._take(records(0, 1, 2, 3, 4))
+        settled(made, claim, 0, 3)
+        told = noting(made)
+        made._take(records(5, 2, 3))
+        assert [call for call, *_ in told] == [made._receiver.lose, made._receiver.arrived]
+        ((_, error), (_, found)) = told
+        assert isinstance(error, ConnectionLost) and "again from offset 2" in str(error)
+        assert [d.receipt[1] for d in found] == [5] and claim.ledger.position == 1
+        made._leave()
+        assert "commit" not in client.calls
 
     within(body)
 
@@ -279,7 +301,7 @@ def test_a_message_that_meets_a_fatal_error_of_the_client_is_sent_again() -> Non
     link: Any = Link.__new__(Link)
     link.lost, link.producer = None, Producer()
     told: list[Any] = []
-    Sender(link, "t", 1, "t", max_body=1000).send_batch([Outgoing(b"x", "0")], told.extend)
+    Sender(link, "t", 1, "t", max_body=1000, confirmed=True).send_batch([Outgoing(b"x", "0")], told.extend)
     ((_, result),) = told
     assert result.outcome is Outcome.INDETERMINATE and isinstance(result.error, ConnectionLost)
 
@@ -627,7 +649,7 @@ def test_a_bad_message_is_refused_alone_and_before_it_reaches_the_client() -> No
     async def body() -> Outcomes:
         link = Link(config, asyncio.get_running_loop(), "mock")
         told: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
-        Sender(link, "t", 4, "mock", max_body=1000).send_batch(messages, told.set_result)
+        Sender(link, "t", 4, "mock", max_body=1000, confirmed=True).send_batch(messages, told.set_result)
         async with asyncio.timeout(30):
             found = await told
         link.close()
@@ -641,12 +663,38 @@ def test_a_bad_message_is_refused_alone_and_before_it_reaches_the_client() -> No
     assert isinstance(results[1].error, TooLarge) and isinstance(results[2].error, InvalidMessage)
 
 
+@pytest.mark.parametrize(("confirmed", "outcome"), [(True, Outcome.INDETERMINATE), (False, Outcome.OK)])
+def test_a_message_that_got_no_answer_of_its_own_is_sent_again(confirmed: bool, outcome: Outcome) -> None:
+    """librdkafka calls it delivered when a later one of its partition was, although the broker refused it."""
+
+    class Producer:
+        def produce(self, *args: Any) -> None:
+            reports.append(args[4])
+
+    class Told:
+        def __init__(self, offset: int | None) -> None:
+            self.offset = lambda: offset
+
+    reports: list[Any] = []
+    link: Any = Link.__new__(Link)
+    link.lost, link.producer = None, Producer()
+    link.tell = lambda call, *args: call(*args)
+    told: list[Any] = []
+    sender = Sender(link, "t", 1, "t", max_body=1000, confirmed=confirmed)
+    sender.send_batch([Outgoing(b"x", "0"), Outgoing(b"x", "1")], told.extend)
+    for answer, offset in zip(reports, (None, 0), strict=True):
+        answer(None, Told(offset))
+    (_, first), (_, second) = told
+    assert first.outcome is outcome and second.outcome is Outcome.OK
+    assert first.error is None or isinstance(first.error, ConnectionLost), "core sends it again for that alone"
+
+
 def test_what_a_link_still_has_when_it_ends_is_given_up_as_unsure() -> None:
     async def body() -> Outcomes:
         with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and says nothing
             driver = Driver(Address("kafka", (("127.0.0.1", silent.getsockname()[1]),)), Driver.Options(), {})
             link = Link(producer_config(driver, confirmed=True), asyncio.get_running_loop(), "silent")
-            sender = Sender(link, "t", 1, "silent", max_body=1000)
+            sender = Sender(link, "t", 1, "silent", max_body=1000, confirmed=True)
             told: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
             sender.send_batch([Outgoing(b"x", "0")], told.set_result)
             await asyncio.sleep(0.05)
@@ -674,7 +722,7 @@ def test_a_topic_that_vanishes_under_a_message_is_not_found_unless_the_client_is
 
     link: Any = Gone()
     link.lost = lost
-    result = Sender(link, "t", 1, "t", max_body=1000)._failure(KafkaError(KafkaError._DESTROY))
+    result = Sender(link, "t", 1, "t", max_body=1000, confirmed=True)._failure(KafkaError(KafkaError._DESTROY))
     assert result.outcome is outcome
 
 
