@@ -32,7 +32,7 @@ from messaging_sdk.destination import Destination
 from messaging_sdk.errors import ConfigError, ConnectError, NotFound
 
 from . import options as kafka
-from .errors import native_of, no_protocol, refusal
+from .errors import is_miscount, native_of, no_protocol, refusal
 from .options import MESSAGE_ROOM, Options, group_id, promises, topic_name
 from .reader import HistoryReader, offsets_at
 from .receiver import Member, Receiver, ahead_of
@@ -136,7 +136,7 @@ class Driver(spi.Driver):
         while not waiting.done() and time.monotonic() < deadline:
             await asyncio.wait([waiting], timeout=_POLL_S)
             admin.poll(0)
-            codes = {error.code() for error in self._troubles}
+            codes = {error.code() for error in self._troubles if not is_miscount(error)}
             alone = len(self.address.hosts) == 1  # one bad host of several is the client's business
             is_hopeless = KafkaError._ALL_BROKERS_DOWN in codes or (alone and codes - {KafkaError._TRANSPORT})
             if is_hopeless and not waiting.done():
@@ -314,7 +314,6 @@ class Driver(spi.Driver):
     async def open_sender(self, destination: Destination[Any]) -> Sender:
         topic, count = await self._topic(destination)
         what = f"{destination} on {self.address}"
-        await self._led(topic, count)
         link = self._link(destination.settles)
         try:  # by the producer, so that it is connected, and knows when it is not any more
             known = await asyncio.to_thread(link.producer.list_topics, topic, self._options.connect_timeout_s)
@@ -325,6 +324,7 @@ class Driver(spi.Driver):
         found = known.topics[topic]
         if found.error is not None:
             raise refusal(found.error, what)
+        await self._led(topic, count)
         if link.lost is not None:
             raise ConnectError(str(link.lost))
         self._partitions[topic] = len(found.partitions)

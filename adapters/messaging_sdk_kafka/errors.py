@@ -85,6 +85,13 @@ class Solitude:
             self._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
 
 
+def is_miscount(error: KafkaError) -> bool:
+    """Is it in doubt that all brokers are down? librdkafka 2.16 says "0/2 brokers are down" of a whole connection when
+    it drops the address that it began with in favour of the broker found there; of a lost one now and then too."""
+    text = error.str()
+    return error.code() == KafkaError._ALL_BROKERS_DOWN and text.startswith("0/") and not text.startswith("0/1 ")
+
+
 def native_of(error: object) -> KafkaError | None:
     """The KafkaError inside what the client raised."""
     found: Any = error.args[0] if isinstance(error, KafkaException) and error.args else None

@@ -18,7 +18,7 @@ from messaging_sdk.spi import OnOutcomes, Outcomes
 from messaging_sdk.spi import Sender as SenderContract
 from messaging_sdk.threads import Hop
 
-from .errors import Solitude, loss, native_of, refusal, report
+from .errors import Solitude, is_miscount, loss, native_of, refusal, report
 
 ID: Final = "messaging-id"
 CONTENT_TYPE: Final = "messaging-content-type"
@@ -46,6 +46,8 @@ class Link:
         self.lost: MessagingError | None = None
         self.refused: MessagingError | None = None
         """Why it was lost, if that will not heal by itself: a missing ACL."""
+        self.is_used = False
+        """Until then nothing can be lost with a connection, so a doubtful loss is none."""
         self.trouble = ""
         """What the client said last, for errors that know no more than that there was no answer."""
         self.hop = Hop(loop)
@@ -79,8 +81,8 @@ class Link:
     def _on_error(self, error: KafkaError) -> None:
         """On the thread. A single broker that is down is the client's business, all of them ours."""
         self.trouble = error.str()
-        if self.lost is None and error.code() == KafkaError._ALL_BROKERS_DOWN:
-            self.lost = loss(error, self._what)
+        if error.code() == KafkaError._ALL_BROKERS_DOWN and (self.is_used or not is_miscount(error)):
+            self.lost = self.lost or loss(error, self._what)
 
     def tell(self, call: Callable[..., object], *args: Any) -> None:
         """From the thread: run `call(*args)` on the opener's loop, in order."""
@@ -143,6 +145,7 @@ class Sender(SenderContract):
     def send_batch(self, messages: Sequence[Outgoing], on_outcomes: OnOutcomes) -> None:
         if self._closed or self.link.lost is not None:
             raise ConnectionLost(str(self.link.lost or f"{self._what}: closed"))
+        self.link.is_used = True
         slot = self._free.pop() if self._free else Slot(self)
         slot.messages, slot.on_outcomes = messages, on_outcomes
         reports, refused = slot.reports, slot.refused

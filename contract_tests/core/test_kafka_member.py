@@ -447,6 +447,24 @@ def test_so_is_a_link() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("text", "is_used", "is_lost"),
+    [("1/1", False, True), ("0/1", False, True), ("0/2", False, False), ("0/12", False, False), ("0/2", True, True)],
+)
+def test_a_link_that_has_sent_nothing_yet_outlives_a_miscount_of_its_client(
+    text: str, is_used: bool, is_lost: bool
+) -> None:
+    async def main() -> None:
+        link = Link(dict(MOCK), asyncio.get_running_loop(), "k")
+        if is_used:
+            Sender(link, "t", 1, "t", max_body=1000, confirmed=True).send_batch([Outgoing(b"x", "0")], lambda _: None)
+        link._on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN, f"{text} brokers are down"))
+        assert (link.lost is not None) == is_lost
+        link.close()
+
+    asyncio.run(main())
+
+
 def test_the_statistics_of_a_client_that_has_brokers_show_them() -> None:
     seen: list[str] = []
     consumer = Consumer(
