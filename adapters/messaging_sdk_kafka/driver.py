@@ -62,6 +62,7 @@ _FRESH: Final = (
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.NOT_COORDINATOR,
 )
+_UNLED: Final = (*_FRESH, KafkaError._NOENT)
 _LIVELY: Final = (
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.ILLEGAL_GENERATION,
@@ -347,13 +348,18 @@ class Driver(spi.Driver):
     async def _led(self, topic: str, count: int) -> None:
         """Wait until each partition's leader knows that it is one, for a moment at most: one that was just made refuses
         a producer's first messages, and may by then take those behind them."""
-        admin, end = self._opened(), time.monotonic() + _LED_S
         latest = cast(Any, OffsetSpec).latest()  # which has no types
         ends = {TopicPartition(topic, n): latest for n in range(count)}
-        while time.monotonic() < end:
-            asked = map(asyncio.wrap_future, admin.list_offsets(ends, request_timeout=_LED_S).values())
-            found = [native_of(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)]
-            if not any(error is not None and error.code() in _FRESH for error in found):
+        end = time.monotonic() + _LED_S
+        while (left_s := end - time.monotonic()) > 0:
+            answers = self._opened().list_offsets(ends, request_timeout=left_s).values()
+            asked = asyncio.gather(*map(asyncio.wrap_future, answers), return_exceptions=True)
+            await asyncio.wait([asked], timeout=left_s)  # a client that was replaced meanwhile never answers
+            if not asked.done():
+                asked.cancel()
+                return
+            errors = [native_of(answer) for answer in asked.result()]
+            if not any(error is not None and error.code() in _UNLED for error in errors):
                 return
             await asyncio.sleep(_FRESH_POLL_S)
 

@@ -328,7 +328,7 @@ class Member:
             offset = cast(int, record.offset())
             if offset < claim.end:
                 if offset >= claim.ledger.position:
-                    self._lose(_read_again(offset))
+                    self._read_again(claim, offset)
                     break
                 claim = self._begun_anew(claim, offset)
                 if settles:  # what was taken just now went with the old claim
@@ -338,6 +338,14 @@ class Member:
             if not (claim.done and offset in claim.done):
                 found.append(_delivery(record, claim, offset) if settles else message_of(record))
         return found
+
+    def _read_again(self, claim: Claim, offset: int) -> None:
+        """From amid what is out: the client's doing, or other messages than before. What is not settled comes again to
+        another member, which begins at the commit, without a note that may be of the other ones."""
+        at = TopicPartition(self._topic, claim.partition, claim.ledger.position, "")
+        with suppress(KafkaException):
+            self._consumer.commit(offsets=[at], asynchronous=False)
+        self._lose(KafkaError(KafkaError.OFFSET_OUT_OF_RANGE, f"the client reads again from offset {offset}"))
 
     def _begun_anew(self, claim: Claim, offset: int) -> Claim:
         """The log was cut off behind us, and the client reads it again from `offset`: other messages than before."""
@@ -829,12 +837,6 @@ def _resolve(told: Iterable[tuple[asyncio.Future[Any], object]]) -> None:
 
 async def _awaited(on_revoke: OnRevoke, sessions: Sequence[Session], deadline_s: float) -> None:
     await on_revoke(sessions, deadline_s)
-
-
-def _read_again(offset: int) -> KafkaError:
-    """From amid what is out: the client's doing, or other messages than before. Only the commit tells what is settled,
-    so another member is to begin there."""
-    return KafkaError(KafkaError.OFFSET_OUT_OF_RANGE, f"the client reads again from offset {offset}")
 
 
 def _not_ours(what: str) -> SettleLost:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Record
@@ -113,12 +113,37 @@ class Slot:
         self.reported = 0  # the thread's
         self.taken = -1  # the loop's; known when the whole batch was handed over
 
-    def _report(self, index: int, error: KafkaError | None, message: Record) -> None:
-        if error is not None or (message.offset() is None and self.sender.confirmed):
+    def _report(self, index: int, error: KafkaError | None, record: Record) -> None:
+        if error is not None or (record.offset() is None and self.sender.confirmed):
+            if error is None and self._is_sent_again(index, record):
+                return
             self.failed[index] = error
         self.reported += 1
         if self.reported == self.taken:
             self.sender.link.tell(self.sender.finish, self)
+
+    def _is_sent_again(self, index: int, record: Record) -> bool:
+        """The client took the message for stored since a later one of its partition was. That is not so where the
+        partition had just got its leader, which refused the one and takes any sequence from a producer that it has no
+        record of (librdkafka 2.16; confluent-kafka-go issue 921)."""
+        if self.on_outcomes is None:  # given up
+            return False
+        sender, message, target = self.sender, self.messages[index], cast(int, record.partition())
+        created_ms, again = int(message.created_s * 1000), sender.link.producer.produce
+        try:
+            again(
+                sender._topic,
+                message.body,
+                record.key(),
+                target,
+                self.reports[index],
+                None,
+                created_ms,
+                _headers(message),
+            )
+        except (KafkaException, BufferError):
+            return False
+        return True
 
 
 class Sender(SenderContract):
@@ -197,9 +222,6 @@ class Sender(SenderContract):
         on_outcomes(outcomes)
 
     def _failure(self, error: KafkaError | None) -> SendResult:
-        """`error`: None where the client took a message for stored since a later one of its partition was. That is not
-        so where the partition had just got its leader, which refused the one and takes any sequence from a producer
-        that it has no record of (librdkafka 2.16; confluent-kafka-go issue 921)."""
         if error is None:
             return indeterminate(ConnectionLost(f"{self._what}: no answer for this message, only for a later one"))
         if error.code() == KafkaError._DESTROY and self.link.lost is not None:  # the client was, not the topic

@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -270,13 +271,15 @@ def test_a_client_that_reads_again_from_amid_what_is_out_costs_the_connection() 
         made._take(records(0, 1, 2, 3, 4))
         settled(made, claim, 0, 3)
         told = noting(made)
+        committed: list[TopicPartition] = []
+        client.commit = lambda offsets, asynchronous: committed.extend(offsets)  # type: ignore[attr-defined]
         made._take(records(5, 2, 3))
         assert [call for call, *_ in told] == [made._receiver.lose, made._receiver.arrived]
         ((_, error), (_, found)) = told
         assert isinstance(error, ConnectionLost) and "again from offset 2" in str(error)
-        assert [d.receipt[1] for d in found] == [5] and claim.ledger.position == 1
+        assert [d.receipt[1] for d in found] == [5]
         made._leave()
-        assert "commit" not in client.calls
+        assert [(p.partition, p.offset, p.metadata) for p in committed] == [(0, 1, "")], "3 may be another message now"
 
     within(body)
 
@@ -681,30 +684,91 @@ def test_a_bad_message_is_refused_alone_and_before_it_reaches_the_client() -> No
     assert isinstance(results[1].error, TooLarge) and isinstance(results[2].error, InvalidMessage)
 
 
-@pytest.mark.parametrize(("confirmed", "outcome"), [(True, Outcome.INDETERMINATE), (False, Outcome.OK)])
-def test_a_message_that_got_no_answer_of_its_own_is_sent_again(confirmed: bool, outcome: Outcome) -> None:
+class Answer(Record):
+    """What a producer's delivery report gives."""
+
+    def __init__(self, offset: int | None) -> None:
+        super().__init__(0)
+        self.offset = lambda: offset  # type: ignore[assignment,method-assign,return-value]
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "is_full", "is_given_up", "sent", "outcome"),
+    [
+        (True, False, False, [b"0", b"1", b"0"], Outcome.OK),
+        (True, True, False, [b"0", b"1"], Outcome.INDETERMINATE),
+        (True, False, True, [b"0", b"1"], Outcome.INDETERMINATE),
+        (False, False, False, [b"0", b"1"], Outcome.OK),
+    ],
+)
+def test_a_message_that_got_no_answer_of_its_own_is_sent_again(
+    confirmed: bool, is_full: bool, is_given_up: bool, sent: list[bytes], outcome: Outcome
+) -> None:
     """librdkafka calls it delivered when a later one of its partition was, although the broker refused it."""
+    produced: list[tuple[Any, ...]] = []
 
     class Producer:
         def produce(self, *args: Any) -> None:
-            reports.append(args[4])
+            if is_full and len(produced) == 2:
+                raise BufferError("Local: Queue full")
+            produced.append(args)
 
-    class Told:
-        def __init__(self, offset: int | None) -> None:
-            self.offset = lambda: offset
-
-    reports: list[Any] = []
     link: Any = Link.__new__(Link)
     link.lost, link.producer = None, Producer()
     link.tell = lambda call, *args: call(*args)
     told: list[Any] = []
     sender = Sender(link, "t", 1, "t", max_body=1000, confirmed=confirmed)
-    sender.send_batch([Outgoing(b"x", "0"), Outgoing(b"x", "1")], told.extend)
-    for answer, offset in zip(reports, (None, 0), strict=True):
-        answer(None, Told(offset))
-    (_, first), (_, second) = told
-    assert first.outcome is outcome and second.outcome is Outcome.OK
-    assert first.error is None or isinstance(first.error, ConnectionLost), "core sends it again for that alone"
+    sender.send_batch([Outgoing(b"0", "0"), Outgoing(b"1", "1")], told.extend)
+    if is_given_up:
+        sender._give_up()
+    produced[0][4](None, Answer(None))
+    produced[1][4](None, Answer(0))
+    if len(produced) == 3:
+        assert not told
+        produced[2][4](None, Answer(1))
+    assert [args[1] for args in produced] == sent
+    results = dict(told)
+    assert results[0].outcome is outcome and len(told) == 2
+    assert results[0].error is None or isinstance(results[0].error, ConnectionLost), (
+        "core sends it again for that alone"
+    )
+
+
+class Admin:
+    """An AdminClient whose partition has the leaders that `codes` tell of, one after the other; None: no answer."""
+
+    def __init__(self, *codes: int | None) -> None:
+        self.codes = list(codes)
+
+    def list_offsets(self, ends: dict[TopicPartition, object], *, request_timeout: float) -> dict[object, Any]:
+        assert 0 < request_timeout <= 3
+        code = self.codes.pop(0)
+        asked: dict[object, Any] = {end: Future() for end in ends}
+        for future in asked.values():
+            if code == 0:
+                future.set_result(None)
+            elif code is not None:
+                future.set_exception(KafkaException(KafkaError(code)))
+        return asked
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError._NOENT, 0),
+        (KafkaError.TOPIC_AUTHORIZATION_FAILED,),
+        (None,),
+    ],
+)
+def test_a_sender_waits_for_leaders_that_do_not_know_yet_and_for_nothing_else(
+    codes: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("messaging_sdk_kafka.driver._LED_S", 0.1 if codes == (None,) else 3.0)
+    driver = Driver(Address("kafka", HOST), Driver.Options(), {})
+    admin = Admin(*codes)
+    driver._admin = admin  # type: ignore[assignment]
+    asyncio.run(asyncio.wait_for(driver._led("t", 2), 2))
+    assert not admin.codes
 
 
 def test_what_a_link_still_has_when_it_ends_is_given_up_as_unsure() -> None:
