@@ -355,8 +355,7 @@ class Driver(spi.Driver):
             answers = self._opened().list_offsets(ends, request_timeout=left_s).values()
             asked = asyncio.gather(*map(asyncio.wrap_future, answers), return_exceptions=True)
             await asyncio.wait([asked], timeout=left_s)  # a client that was replaced meanwhile never answers
-            if not asked.done():
-                asked.cancel()
+            if not asked.done():  # nor is it cancelled: the client would set the result all the same, and fail
                 return
             errors = [native_of(answer) for answer in asked.result()]
             if not any(error is not None and error.code() in _UNLED for error in errors):
