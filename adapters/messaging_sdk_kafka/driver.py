@@ -62,7 +62,7 @@ _FRESH: Final = (
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.NOT_COORDINATOR,
 )
-_UNLED: Final = (*_FRESH, KafkaError._NOENT)
+_UNLED: Final = (*_FRESH, KafkaError._NOENT)  # the client's own word for: no leader is known
 _LIVELY: Final = (
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.ILLEGAL_GENERATION,
@@ -313,7 +313,7 @@ class Driver(spi.Driver):
     # --- senders and receivers
 
     async def open_sender(self, destination: Destination[Any]) -> Sender:
-        topic, count = await self._topic(destination)
+        topic, _ = await self._topic(destination)
         what = f"{destination} on {self.address}"
         link = self._link(destination.settles)
         try:  # by the producer, so that it is connected, and knows when it is not any more
@@ -325,7 +325,7 @@ class Driver(spi.Driver):
         found = known.topics[topic]
         if found.error is not None:
             raise refusal(found.error, what)
-        await self._led(topic, count)
+        await self._led(topic, len(found.partitions))
         if link.lost is not None:
             raise ConnectError(str(link.lost))
         self._partitions[topic] = len(found.partitions)

@@ -128,19 +128,11 @@ class Slot:
         record of (librdkafka 2.16; confluent-kafka-go issue 921)."""
         if self.on_outcomes is None:  # given up
             return False
-        sender, message, target = self.sender, self.messages[index], cast(int, record.partition())
-        created_ms, again = int(message.created_s * 1000), sender.link.producer.produce
+        sender, message, produce = self.sender, self.messages[index], self.sender.link.producer.produce
+        target, created_ms = cast(int, record.partition()), int(message.created_s * 1000)
+        on_report, headers = self.reports[index], _headers(message)
         try:
-            again(
-                sender._topic,
-                message.body,
-                record.key(),
-                target,
-                self.reports[index],
-                None,
-                created_ms,
-                _headers(message),
-            )
+            produce(sender._topic, message.body, record.key(), target, on_report, None, created_ms, headers)
         except (KafkaException, BufferError):
             return False
         return True
