@@ -224,8 +224,7 @@ class Consumer(Settler):
             for delivery in self._running:
                 self._lanes.enter(delivery)
         self._repeats.clear()
-        accepted = (known if isinstance(known, str) else known.id for known in self._accepted)
-        self._expect_again([*accepted, *(d.id for d in self._done)])
+        self._expect_again([*self._last_accepted(), *(d.id for d in self._done)])
         self._done.clear()
         self._flush()
         self._background(self._close_receiver(receiver, 1.0))
@@ -305,6 +304,9 @@ class Consumer(Settler):
         self._repeats.update(ids)
         self._repeats_until_s = self._loop.time() + max(REPEATS_S, 2 * self.terms.capabilities.lease_s)
 
+    def _last_accepted(self) -> list[str]:
+        return [known if isinstance(known, str) else known.id for known in self._accepted]
+
     def run_again(self, delivery: Delivery[Any]) -> None:
         """It was settled before its handler ran, which was not recorded: when it comes again it has to run."""
         self._repeats.discard(delivery.id)
@@ -379,6 +381,8 @@ class Consumer(Settler):
                 failed = [(i, _settle_lost(error)) for i in range(len(waiters))]
             else:
                 failed = future.result()
+                if any(settlements[index][1] is ACCEPT for index, _ in failed):  # which, only the adapter knows
+                    self._expect_again(self._last_accepted())
             _answer(waiters, failed)
 
         answer.add_done_callback(answered)

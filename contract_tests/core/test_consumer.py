@@ -597,6 +597,35 @@ def test_the_last_ones_that_were_settled_are_known_when_they_come_again(answer: 
 
 
 @pytest.mark.parametrize("is_decoded", [True, False])
+def test_what_the_broker_did_not_record_as_settled_does_not_run_twice(is_decoded: bool) -> None:
+    """On the connection it was settled on: a partition that was taken away and came back, a lease that ran out."""
+
+    def refused(settlements: object) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result([(0, SettleLost("not yours"))])
+        return future
+
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        held.gates["m1"].set()
+        receiver = await bench.start(held)
+        receiver.answers = refused
+        receiver.put(arrival(receiver, is_decoded))
+        await eventually(lambda: receiver.settled)
+        await turns()
+        receiver.answers = lambda settlements: None
+        receiver.put(arrival(receiver, is_decoded))
+        await eventually(lambda: len(receiver.settled) == 2)
+        receiver.put(arrival(receiver, is_decoded))  # it is expected once; the next is another message of this id
+        await eventually(lambda: len(receiver.settled) == 3)
+        assert held.entered == ["m1", "m1"]
+        assert bench.consumer.stats.repeats_suppressed == 1
+        await bench.stop()
+
+    law(body)
+
+
+@pytest.mark.parametrize("is_decoded", [True, False])
 def test_what_was_settled_before_its_handler_and_was_lost_runs_when_it_comes_again(is_decoded: bool) -> None:
     async def body() -> None:
         held, bench = Held(), Bench()
