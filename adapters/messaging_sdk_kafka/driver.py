@@ -454,6 +454,7 @@ class Driver(spi.Driver):
             "client.id": "messaging-sdk",
             "log_level": 0,  # what it would write to stderr comes as an error to its callback as well
             "socket.connection.setup.timeout.ms": max(1000, round(options.connect_timeout_s * 1000)),
+            "socket.timeout.ms": round(options.request_timeout_s * 1000),
             **_RECONNECT_MS,
         }
         if self._tls:
