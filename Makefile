@@ -12,14 +12,16 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: .venv/run.stamp
 	@$(BIN)/messaging demo
 
-# One suite after the other, each with its kinds side by side. One profile of most backends here, for time: `make
-# evidence` runs them all. The laws come last, so that a pytest summary closes the output.
+# Two suites at a time, each with its kinds side by side: a case waits far more than it works. One profile of most
+# backends here, for time: `make evidence` runs them all. The laws come last, so that a pytest summary closes the output.
 test: .venv/test.stamp engine
 	@$(MAKE) --no-print-directory brokers BROKERS="rabbitmq43 nats nats-core ministack kafka"
 	@$(MAKE) --no-print-directory static
-	@$(MAKE) --no-print-directory RABBITMQ=4.3 MEMORY=default SQS=ministack KAFKA=classic ZEROMQ=tcp \
-	  live-rabbitmq live-nats live-memory live-sqs live-kafka live-zeromq
-	@$(MAKE) --no-print-directory swap flips doubles laws
+	@$(MAKE) --no-print-directory -j2 RABBITMQ=4.3 MEMORY=default SQS=ministack KAFKA=classic ZEROMQ=tcp \
+	  live-sqs live-rabbitmq live-nats live-memory live-kafka live-zeromq
+	@$(MAKE) --no-print-directory swap
+	@$(MAKE) --no-print-directory -j3 flips
+	@$(MAKE) --no-print-directory doubles laws
 
 RABBITMQ := all
 MEMORY   := all
@@ -50,14 +52,14 @@ swap: .venv/test.stamp
 	@$(BIN)/pytest contract_tests/live
 
 # A capability declared otherwise must turn the suite red.
-flips:
-	@$(BIN)/messaging flips rabbitmq
-	@$(BIN)/messaging flips nats
-	@$(BIN)/messaging flips memory
+flips: flips-memory flips-rabbitmq flips-nats
+
+flips-%: .venv/test.stamp
+	@$(BIN)/messaging flips $*
 
 # What the matrix is made of. Commit the result.
 evidence: .venv/test.stamp engine brokers
-	@$(MAKE) --no-print-directory live-rabbitmq live-nats live-memory live-sqs live-kafka live-zeromq \
+	@$(MAKE) --no-print-directory -j2 live-sqs live-rabbitmq live-nats live-memory live-kafka live-zeromq \
 	  EVIDENCE="--evidence contract_tests/evidence"
 	@$(BIN)/messaging matrix
 

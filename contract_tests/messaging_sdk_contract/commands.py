@@ -258,12 +258,13 @@ def flips(adapter: str, profile: str | None = None) -> int:
         for flip, missed in zip(planned, map_all(partial(_unnoticed, adapter), planned), strict=True):
             survived += len(missed)
             verdict = f"SURVIVED on {', '.join(missed)}" if missed else "caught"
-            what, where = f"{flip.flag}={flip.value}", f"{flip.profile}, {len(flip.kinds)} kinds"
-            print(f"{what:<28} {where:<20} {verdict}", flush=True)
+            what, where = f"{flip.flag}={flip.value}", f"{adapter} / {flip.profile}, {len(flip.kinds)} kinds"
+            print(f"{what:<28} {where:<30} {verdict}", flush=True)
     for flag in flags:
-        print(f"{flag}: SURVIVED, no profile measures it")
-    print(f"in {time.monotonic() - began:.0f} s")
-    print(f"{total} flips, {total - survived} caught, {survived} survived")
+        print(f"{adapter} / {flag}: SURVIVED, no profile measures it")
+    print(
+        f"{adapter}: {total} flips, {total - survived} caught, {survived} survived, in {time.monotonic() - began:.0f} s"
+    )
     return 1 if survived else 0
 
 
