@@ -133,6 +133,8 @@ class Consumer(Settler):
         self._repeats_until_s = 0.0
         self._done: set[Delivery[Any]] = set()
         """Arrived again, and handled before."""
+        self._acking: set[Delivery[Any]] = set()
+        """Settled by an `ack` that has no answer yet."""
         self._intake: asyncio.Task[None] | None = None
         self._extender: asyncio.TimerHandle | None = None
         self.cancel_handlers: Callable[[set[Delivery[Any]]], None] = lambda overdue: None
@@ -304,11 +306,13 @@ class Consumer(Settler):
         self._repeats.update(ids)
         self._repeats_until_s = self._loop.time() + max(REPEATS_S, 2 * self.terms.capabilities.lease_s)
 
-    def _last_accepted(self) -> list[str]:
-        return [known if isinstance(known, str) else known.id for known in self._accepted]
+    def _last_accepted(self) -> set[str]:
+        """Their ids, but of those whose `ack` still waits: it may yet say that they come again."""
+        accepted = {known if isinstance(known, str) else known.id for known in self._accepted}
+        return accepted.difference(delivery.id for delivery in self._acking)
 
-    def run_again(self, delivery: Delivery[Any]) -> None:
-        """It was settled before its handler ran, which was not recorded: when it comes again it has to run."""
+    def _run_again(self, delivery: Delivery[Any]) -> None:
+        """Its ack said SettleLost: whoever called it takes the message for not done."""
         self._repeats.discard(delivery.id)
         for known in (delivery, delivery.id):
             with suppress(ValueError):
@@ -426,14 +430,18 @@ class Consumer(Settler):
 
     async def ack(self, delivery: Delivery[Any]) -> None:
         self._claim(delivery)
-        self._running.discard(delivery)
-        answer = self._loop.create_future()
-        self._settle(delivery, ACCEPT, answer)
-        await answer
+        answer = self._ack(delivery)
+        try:
+            await answer
+        except SettleLost:
+            self._run_again(delivery)
+            raise
+        finally:
+            self._acking.discard(delivery)
 
     async def ack_all(self, deliveries: Iterable[Delivery[Any]]) -> None:
         """Ack many with one wait. The first error is raised after all that can be were sent."""
-        answers = []
+        answers: dict[Delivery[Any], asyncio.Future[None]] = {}
         errors: list[BaseException] = []
         for delivery in deliveries:
             try:
@@ -441,13 +449,24 @@ class Consumer(Settler):
             except MessagingError as error:  # one that was lost must not keep the others unsettled
                 errors.append(error)
                 continue
-            self._running.discard(delivery)
-            answers.append(self._loop.create_future())
-            self._settle(delivery, ACCEPT, answers[-1])
-        results = await asyncio.gather(*answers, return_exceptions=True)
-        errors += [result for result in results if isinstance(result, BaseException)]
+            answers[delivery] = self._ack(delivery)
+        try:
+            results = await asyncio.gather(*answers.values(), return_exceptions=True)
+        finally:
+            self._acking.difference_update(answers)
+        for delivery, result in zip(answers, results, strict=True):
+            if isinstance(result, BaseException):
+                errors.append(result)
+                self._run_again(delivery)
         if errors:
             raise errors[0]
+
+    def _ack(self, delivery: Delivery[Any]) -> asyncio.Future[None]:
+        self._running.discard(delivery)
+        self._acking.add(delivery)
+        answer = self._loop.create_future()
+        self._settle(delivery, ACCEPT, answer)
+        return answer
 
     async def retry(self, delivery: Delivery[Any], after_s: float) -> None:
         self._claim(delivery)
@@ -863,7 +882,6 @@ class Workers:
                 try:
                     await consumer.ack(message)
                 except (SettleLost, AlreadySettled):
-                    consumer.run_again(message)
                     continue
             try:
                 async with asyncio.timeout(self._timeout_s):

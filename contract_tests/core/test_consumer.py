@@ -626,6 +626,49 @@ def test_what_the_broker_did_not_record_as_settled_does_not_run_twice(is_decoded
 
 
 @pytest.mark.parametrize("is_decoded", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("answer", ["failed", "lost first", "lost and never"])
+def test_what_an_ack_said_to_come_again_comes_again(answer: str, at_once: bool, is_decoded: bool) -> None:
+    """Whoever was told SettleLost has undone its work: the message is yielded again, whichever is seen first."""
+
+    async def body() -> None:
+        bench = Bench()
+        await bench.consumer.start()
+        receiver, pending = bench.receiver, list[asyncio.Future[Any]]()
+
+        def unanswered(settlements: object) -> asyncio.Future[Any]:
+            pending.append(asyncio.get_running_loop().create_future())
+            return pending[0]
+
+        receiver.answers = unanswered
+        receiver.put(arrival(receiver, is_decoded))
+        await eventually(lambda: bool(bench.consumer.ready))
+        found = bench.consumer.next()
+        assert isinstance(found, Delivery)
+        acking = asyncio.create_task(bench.consumer.ack(found) if at_once else bench.consumer.ack_all([found]))
+        await eventually(lambda: bool(pending))
+        if answer == "failed":
+            pending[0].set_result([(0, SettleLost("not yours"))])
+        else:
+            receiver.break_with(ConnectionLost("cut"))
+            await eventually(lambda: len(bench.receivers) == 2)
+        bench.receiver.put(arrival(bench.receiver, is_decoded))
+        await eventually(lambda: bool(bench.consumer.ready))
+        if answer == "lost first":
+            pending[0].set_result([(0, SettleLost("cut"))])
+        elif answer == "lost and never":
+            pending[0].cancel()
+        with pytest.raises(SettleLost):
+            await acking
+        again = bench.consumer.next()
+        assert again is not None and again.id == "m1"
+        assert bench.consumer.stats.repeats_suppressed == 0
+        await bench.consumer.close(1.0)
+
+    law(body)
+
+
+@pytest.mark.parametrize("is_decoded", [True, False])
 def test_what_was_settled_before_its_handler_and_was_lost_runs_when_it_comes_again(is_decoded: bool) -> None:
     async def body() -> None:
         held, bench = Held(), Bench()
