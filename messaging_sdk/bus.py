@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, overload
 from .batcher import Batcher
 from .capabilities import FLAGS, Capabilities, Level, Needs, unmet
 from .config import Settings, from_env, from_file, from_mapping, from_url
-from .consumer import Consumer, OnFailure, Stats, Terms, Workers
+from .consumer import Consumer, OnFailure, Stats, Terms
 from .destination import DEAD, Destination, Queue, Signal, Topic
 from .errors import (
     CapabilityError,
@@ -40,6 +40,7 @@ from .replay import Replay, parsed_since
 from .retry import Retry
 from .spi import Driver, Reader, Receiver, Sender
 from .stream import Stream
+from .workers import Workers
 
 T = TypeVar("T")
 R = TypeVar("R")

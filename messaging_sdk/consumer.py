@@ -33,7 +33,6 @@ from .errors import (
 )
 from .lanes import Lanes
 from .model import Delivery, Message, Session
-from .pipeline import Call
 from .retry import Backoff, Retry
 from .spi import ACCEPT, RELEASE, Disposition, Leased, Receiver
 
@@ -62,7 +61,7 @@ class Stats:
     """Given up by on_failure="drop", or on a Signal: failed, undecodable, or lost in a full local buffer."""
     handed_back: int = 0
     repeats_suppressed: int = 0
-    """Arrivals whose settlement was lost with a connection, settled again without a second handler run."""
+    """Arrivals whose settlement was not recorded, settled again without a second handler run."""
     reopened: int = 0
 
 
@@ -128,13 +127,13 @@ class Consumer(Settler):
         self._running: set[Delivery[Any]] = set()
         self._timers: dict[Delivery[Any], asyncio.TimerHandle] = {}
         self._accepted: deque[str | Delivery[Any]] = deque(maxlen=terms.window)
-        """The last ones that were settled: their ids, or where these are not decoded yet themselves."""
-        self._repeats: set[str] = set()
-        self._repeats_until_s = 0.0
+        """The last ones that were handled and settled: their ids, or where these are not decoded yet themselves."""
+        self._repeats: dict[str, float] = {}  # id -> until when it is expected
+        self._repeats_until_s = 0.0  # the last of these times
         self._done: set[Delivery[Any]] = set()
         """Arrived again, and handled before."""
-        self._acking: set[Delivery[Any]] = set()
-        """Settled by an `ack` that has no answer yet."""
+        self._acking: dict[Delivery[Any], asyncio.Future[None]] = {}
+        """Settled by an `ack` that has not returned yet."""
         self._intake: asyncio.Task[None] | None = None
         self._extender: asyncio.TimerHandle | None = None
         self.cancel_handlers: Callable[[set[Delivery[Any]]], None] = lambda overdue: None
@@ -187,7 +186,7 @@ class Consumer(Settler):
                 continue
             self.stats.reopened += 1
             self._receiver = receiver
-            self._expect_again(())  # from now on they can come
+            self._expect_again(list(self._repeats))  # from now on they can come
             self._watch_leases()
             return receiver
 
@@ -226,7 +225,8 @@ class Consumer(Settler):
             for delivery in self._running:
                 self._lanes.enter(delivery)
         self._repeats.clear()
-        self._expect_again([*self._last_accepted(), *(d.id for d in self._done)])
+        self._expect_last_accepted()
+        self._expect_again([d.id for d in self._done])
         self._done.clear()
         self._flush()
         self._background(self._close_receiver(receiver, 1.0))
@@ -292,28 +292,35 @@ class Consumer(Settler):
 
     # --- settling
 
-    def accept(self, delivery: Delivery[Any]) -> None:
-        """Settle as done, in the next batch. Nothing happens if it is no longer ours."""
+    def accept(self, delivery: Delivery[Any], *, is_handled: bool = True) -> None:
+        """Settle as done, in the next batch. Nothing happens if it is no longer ours.
+
+        `is_handled`: if this is not recorded, a repeat needs no second run. What was given up may be published again
+        with its id.
+        """
         if delivery.session.lost:
             self._expect_again([delivery.id])  # and it is done
             self._forget(delivery)
             return
         self._running.discard(delivery)
-        self._settle(delivery, ACCEPT)
+        self._settle(delivery, ACCEPT, is_handled=is_handled)
 
     def _expect_again(self, ids: Iterable[str]) -> None:
         """These are done, and may come once more, soon: an id that is published again later is another message."""
-        self._repeats.update(ids)
         self._repeats_until_s = self._loop.time() + max(REPEATS_S, 2 * self.terms.capabilities.lease_s)
+        self._repeats.update(dict.fromkeys(ids, self._repeats_until_s))
 
-    def _last_accepted(self) -> set[str]:
-        """Their ids, but of those whose `ack` still waits: it may yet say that they come again."""
+    def _expect_last_accepted(self) -> None:
+        """Which of them are not recorded is not known; an `ack` that has not returned may yet say that it is one."""
         accepted = {known if isinstance(known, str) else known.id for known in self._accepted}
-        return accepted.difference(delivery.id for delivery in self._acking)
+        accepted.difference_update(d.id for d, answer in self._acking.items() if not _is_recorded(answer))
+        now = self._loop.time()
+        self._repeats = {id: until_s for id, until_s in self._repeats.items() if until_s >= now}
+        self._expect_again(accepted)
 
     def _run_again(self, delivery: Delivery[Any]) -> None:
-        """Its ack said SettleLost: whoever called it takes the message for not done."""
-        self._repeats.discard(delivery.id)
+        """Its ack did not return: whoever called it takes the message for not done."""
+        self._repeats.pop(delivery.id, None)
         for known in (delivery, delivery.id):
             with suppress(ValueError):
                 self._accepted.remove(known)
@@ -325,23 +332,24 @@ class Consumer(Settler):
         return self._is_repeat(delivery.id)  # its handler may have ended after it arrived
 
     def _is_repeat(self, id: str) -> bool:
-        if self._loop.time() > self._repeats_until_s:
+        now = self._loop.time()
+        if now > self._repeats_until_s:
             self._repeats.clear()
-        if id not in self._repeats:
-            return False
-        self._repeats.discard(id)
-        return True
+        return self._repeats.pop(id, 0.0) >= now
 
     def _settle(
         self,
         delivery: Delivery[Any],
         disposition: Disposition,
         waiter: asyncio.Future[None] | None = None,
+        *,
+        is_handled: bool = True,
     ) -> None:
         delivery.settled = True
         if disposition is ACCEPT:
             self.stats.settled += 1
-            self._accepted.append(delivery._id or delivery)
+            if is_handled:
+                self._accepted.append(delivery._id or delivery)
         self._settlements.append((delivery.receipt, disposition))
         self._settling.append(waiter)
         if self._lanes is None:
@@ -385,8 +393,8 @@ class Consumer(Settler):
                 failed = [(i, _settle_lost(error)) for i in range(len(waiters))]
             else:
                 failed = future.result()
-                if any(settlements[index][1] is ACCEPT for index, _ in failed):  # which, only the adapter knows
-                    self._expect_again(self._last_accepted())
+                if any(settlements[index][1] is ACCEPT for index, _ in failed):  # no ids were kept of these
+                    self._expect_last_accepted()
             _answer(waiters, failed)
 
         answer.add_done_callback(answered)
@@ -430,14 +438,13 @@ class Consumer(Settler):
 
     async def ack(self, delivery: Delivery[Any]) -> None:
         self._claim(delivery)
-        answer = self._ack(delivery)
         try:
-            await answer
-        except SettleLost:
+            await self._ack(delivery)
+        except (SettleLost, asyncio.CancelledError):
             self._run_again(delivery)
             raise
         finally:
-            self._acking.discard(delivery)
+            del self._acking[delivery]
 
     async def ack_all(self, deliveries: Iterable[Delivery[Any]]) -> None:
         """Ack many with one wait. The first error is raised after all that can be were sent."""
@@ -453,18 +460,17 @@ class Consumer(Settler):
         try:
             results = await asyncio.gather(*answers.values(), return_exceptions=True)
         finally:
-            self._acking.difference_update(answers)
-        for delivery, result in zip(answers, results, strict=True):
-            if isinstance(result, BaseException):
-                errors.append(result)
-                self._run_again(delivery)
+            for delivery, answer in answers.items():
+                del self._acking[delivery]
+                if not _is_recorded(answer):
+                    self._run_again(delivery)
+        errors += [result for result in results if isinstance(result, BaseException)]
         if errors:
             raise errors[0]
 
     def _ack(self, delivery: Delivery[Any]) -> asyncio.Future[None]:
         self._running.discard(delivery)
-        self._acking.add(delivery)
-        answer = self._loop.create_future()
+        answer = self._acking[delivery] = self._loop.create_future()
         self._settle(delivery, ACCEPT, answer)
         return answer
 
@@ -559,7 +565,7 @@ class Consumer(Settler):
         if terms.on_failure == "drop":
             self.stats.dropped += 1
             log.warning("%s: message %s dropped (%s): %s", terms.destination, delivery.id, reason, error)
-            self.accept(delivery)
+            self.accept(delivery, is_handled=False)
         elif terms.on_failure == "stop":
             self._running.discard(delivery)
             self.fail(
@@ -592,7 +598,7 @@ class Consumer(Settler):
             reason,
             error,
         )
-        self.accept(delivery)
+        self.accept(delivery, is_handled=False)
 
     def fail(self, error: BaseException) -> None:
         """Stop for good, loudly."""
@@ -752,15 +758,12 @@ class Consumer(Settler):
         task.add_done_callback(done)
 
 
-def _only_if_not_ours(error: BaseException) -> None:
-    """Raise `error` if it cancels this worker; a CancelledError out of the handler itself is one of its failures."""
-    task = asyncio.current_task()
-    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-        raise error
-
-
 def _leased(receiver: object) -> Leased | None:
     return receiver if isinstance(receiver, Leased) else None
+
+
+def _is_recorded(answer: asyncio.Future[None]) -> bool:
+    return answer.done() and not answer.cancelled() and answer.exception() is None
 
 
 def _settle_lost(error: BaseException) -> SettleLost:
@@ -779,138 +782,3 @@ def _answer(waiters: list[asyncio.Future[None] | None], failed: Sequence[tuple[i
             waiter.set_result(None)
         else:
             waiter.set_exception(error)
-
-
-class Workers:
-    """`concurrency` coroutines that run a handler on what a consumer has ready."""
-
-    def __init__(
-        self,
-        consumer: Consumer,
-        call: Call,
-        concurrency: int,
-        timeout_s: float | None,
-        settle_before: bool,
-        *,
-        blocking: bool = False,
-    ) -> None:
-        self._consumer = consumer
-        self._call = call
-        self._concurrency = concurrency
-        self._timeout_s = timeout_s
-        self._settle_before = settle_before
-        self._tasks: list[asyncio.Task[None]] = []
-        self._at: dict[asyncio.Task[None] | None, Message[Any]] = {}  # what each worker took last
-        self._revoked: set[Message[Any]] = set()
-        if not blocking:  # a thread cannot be cancelled: it keeps its lane, and its id is remembered
-            consumer.cancel_handlers = self._cancel
-
-    def start(self) -> None:
-        work = self._work_plain if self._timeout_s is None and not self._settle_before else self._work_guarded
-        self._tasks = [
-            asyncio.create_task(self._root(work), name=f"worker {n} {self._consumer.terms.destination.name}")
-            for n in range(self._concurrency)
-        ]
-
-    def _cancel(self, overdue: set[Delivery[Any]]) -> None:
-        for task, message in self._at.items():
-            if task is not None and message in overdue:
-                self._revoked.add(message)
-                task.cancel()
-
-    def _was_revoked(self, message: Message[Any], error: BaseException | None) -> bool:
-        """Was its handler cancelled, because another member has it now? Then it is handed back; the worker goes on."""
-        if message not in self._revoked:
-            return False
-        self._revoked.discard(message)
-        task = asyncio.current_task()
-        if task is not None and task.uncancel() and isinstance(error, asyncio.CancelledError):
-            raise error  # the worker itself is to end, too
-        self._consumer.hand_over(cast("Delivery[Any]", message))
-        return True
-
-    async def _root(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            self._consumer.fail(error)
-
-    async def _wait_idle(self) -> None:
-        """Until there may be something; meanwhile nobody's handler is to be cancelled here."""
-        self._at.pop(asyncio.current_task(), None)
-        await self._consumer.wait_ready()
-
-    async def _work_plain(self) -> None:
-        consumer, call, settles = (
-            self._consumer,
-            self._call,
-            self._consumer.terms.destination.settles,
-        )
-        at, me = self._at, asyncio.current_task()
-        while not consumer.closing and consumer.failure is None:
-            message = consumer.next()
-            if message is None:
-                await self._wait_idle()
-                continue
-            current.set(message)
-            at[me] = message
-            try:
-                await call(message)
-            except (Exception, asyncio.CancelledError) as error:
-                if not self._was_revoked(message, error):
-                    _only_if_not_ours(error)
-                    consumer.failed(message, error)
-            else:
-                if self._revoked and self._was_revoked(message, None):
-                    continue  # it swallowed its cancellation
-                if settles:
-                    consumer.accept(message)  # type: ignore[arg-type]  # a settling destination yields Deliveries
-
-    async def _work_guarded(self) -> None:
-        """With a time limit, or settled before the handler runs: the same, at the price of a timer or a round trip."""
-        consumer = self._consumer
-        while not consumer.closing and consumer.failure is None:
-            message = consumer.next()
-            if message is None:
-                await self._wait_idle()
-                continue
-            current.set(message)
-            self._at[asyncio.current_task()] = message
-            if self._settle_before and isinstance(message, Delivery):
-                try:
-                    await consumer.ack(message)
-                except (SettleLost, AlreadySettled):
-                    continue
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    await self._call(message)
-            except (Exception, asyncio.CancelledError) as error:
-                if self._was_revoked(message, error):
-                    continue
-                _only_if_not_ours(error)
-                if self._settle_before and isinstance(message, Delivery):
-                    consumer.stats.failed += 1
-                    consumer.stats.dropped += 1
-                    log.warning(
-                        "%s: handler failed after settling, dropped: %r",
-                        consumer.terms.destination,
-                        error,
-                    )
-                else:
-                    consumer.failed(message, error)
-            else:
-                if isinstance(message, Delivery) and not (self._settle_before or self._was_revoked(message, None)):
-                    consumer.accept(message)
-
-    async def stop(self, timeout_s: float) -> None:
-        """Let running handlers end for at most `timeout_s`, then cancel them; their messages are handed back."""
-        self._consumer.release_takers()
-        if not self._tasks:
-            return
-        _, late = await asyncio.wait(self._tasks, timeout=timeout_s)
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=min(1.0, timeout_s))  # one that refuses to be cancelled is abandoned

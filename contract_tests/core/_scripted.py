@@ -13,13 +13,14 @@ from pydantic import BaseModel
 from messaging_sdk import Bus, ConnectionLost, Delivery, Destination, MessagingError, Queue, Retry
 from messaging_sdk.capabilities import Capabilities
 from messaging_sdk.config import Address
-from messaging_sdk.consumer import Consumer, Terms, Workers
+from messaging_sdk.consumer import Consumer, Terms
 from messaging_sdk.memory import Driver as MemoryDriver
 from messaging_sdk.memory import MemoryReceiver, MemorySender
 from messaging_sdk.model import SENT, Message, Outgoing, SendResult, Session, indeterminate
 from messaging_sdk.registry import register
 from messaging_sdk.retry import Retry as RetryPolicy
 from messaging_sdk.spi import Disposition, OnOutcomes, OnRevoke, Provision, Receiver, Sender
+from messaging_sdk.workers import Workers
 
 # --- sending
 

@@ -56,6 +56,13 @@ class Held:
         await self.gates[message.id].wait()
 
 
+def refused(settlements: object) -> asyncio.Future[Any]:
+    """A receiver's answer: the first of these was not recorded."""
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.set_result([(0, SettleLost("not yours"))])
+    return future
+
+
 def arrival(receiver: ScriptedReceiver, is_decoded: bool) -> Delivery[Any]:
     """One delivery of m1, its id at hand or in its meta."""
     id = "m1" if is_decoded else None
@@ -600,11 +607,6 @@ def test_the_last_ones_that_were_settled_are_known_when_they_come_again(answer: 
 def test_what_the_broker_did_not_record_as_settled_does_not_run_twice(is_decoded: bool) -> None:
     """On the connection it was settled on: a partition that was taken away and came back, a lease that ran out."""
 
-    def refused(settlements: object) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        future.set_result([(0, SettleLost("not yours"))])
-        return future
-
     async def body() -> None:
         held, bench = Held(), Bench()
         held.gates["m1"].set()
@@ -620,6 +622,117 @@ def test_what_the_broker_did_not_record_as_settled_does_not_run_twice(is_decoded
         await eventually(lambda: len(receiver.settled) == 3)
         assert held.entered == ["m1", "m1"]
         assert bench.consumer.stats.repeats_suppressed == 1
+        await bench.stop()
+
+    law(body)
+
+
+def test_what_was_not_recorded_is_expected_for_a_while_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often something else is not recorded meanwhile."""
+    monkeypatch.setattr("messaging_sdk.consumer.REPEATS_S", 0.1)
+
+    async def body() -> None:
+        bench, ran = Bench(window=1), Counter[str]()
+
+        async def count(message: Message[Any]) -> None:
+            ran[message.id] += 1
+
+        receiver = await bench.start(count)
+        receiver.answers = refused
+        receiver.give("m1")
+        await eventually(lambda: ran["m1"] == 1)
+        await asyncio.sleep(0.05)
+        receiver.give("m2")
+        await asyncio.sleep(0.07)
+        receiver.give("m1")  # published again, much later
+        await eventually(lambda: len(receiver.settled) == 3)
+        assert ran["m1"] == 2
+        await bench.stop()
+
+    law(body)
+
+
+@pytest.mark.parametrize("on_failure", ["dead_letter", "drop"])
+def test_what_was_given_up_runs_when_it_is_published_again(on_failure: str) -> None:
+    """An operator takes it out of the dead letters: another SettleLost meanwhile is no reason to swallow it."""
+
+    async def body() -> None:
+        bench, ran = Bench(retry=Retry(1), on_failure=on_failure), Counter[str]()
+
+        async def fail(message: Message[Any]) -> None:
+            ran[message.id] += 1
+            if message.id == "m1":
+                raise ValueError("no")
+
+        receiver = await bench.start(fail)
+        receiver.give("m1")
+        await eventually(lambda: receiver.settled == [("m1", "accept")])
+        receiver.answers = refused
+        receiver.give("m2")
+        await eventually(lambda: len(receiver.settled) == 2)
+        await turns()
+        receiver.give("m1")
+        await eventually(lambda: len(receiver.settled) == 3)
+        assert ran["m1"] == 2
+        await bench.stop()
+
+    law(body)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_message_whose_ack_was_cancelled_comes_again_if_it_was_not_recorded(at_once: bool) -> None:
+    async def body() -> None:
+        bench = Bench()
+        await bench.consumer.start()
+        receiver, pending = bench.receiver, list[asyncio.Future[Any]]()
+
+        def unanswered(settlements: object) -> asyncio.Future[Any]:
+            pending.append(asyncio.get_running_loop().create_future())
+            return pending[0]
+
+        receiver.answers = unanswered
+        receiver.give("m1")
+        await eventually(lambda: bool(bench.consumer.ready))
+        found = bench.consumer.next()
+        assert isinstance(found, Delivery)
+        acking = asyncio.create_task(bench.consumer.ack(found) if at_once else bench.consumer.ack_all([found]))
+        await eventually(lambda: bool(pending))
+        acking.cancel()
+        await asyncio.wait([acking])
+        pending[0].set_result([(0, SettleLost("not yours"))])
+        receiver.give("m1")
+        await eventually(lambda: bool(bench.consumer.ready))
+        again = bench.consumer.next()
+        assert again is not None and again.id == "m1"
+        await bench.consumer.close(1.0)
+
+    law(body)
+
+
+def test_what_was_settled_before_its_handler_runs_once_if_the_connection_is_lost_right_then() -> None:
+    """Recorded, by a broker that answers nothing: before the worker has heard of it."""
+
+    async def body() -> None:
+        held, bench = Held(), Bench()
+        held.gates["m1"].set()
+        receiver = await bench.start(held, settle_before=True)
+
+        flush = bench.consumer._flush
+
+        def flush_and_lose() -> None:
+            flush()
+            if receiver.settled:
+                bench.consumer._flush = flush  # type: ignore[method-assign]
+                bench.consumer._lose_connection(ConnectionLost("cut"))
+                receiver.break_with(ConnectionLost("cut"))
+
+        bench.consumer._flush = flush_and_lose  # type: ignore[method-assign]
+        receiver.give("m1")
+        await eventually(lambda: len(bench.receivers) == 2)
+        bench.receiver.give("m1")
+        await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
+        await turns()
+        assert held.entered == ["m1"]
         await bench.stop()
 
     law(body)
@@ -758,7 +871,7 @@ def test_repeats_are_expected_from_the_moment_they_can_come(monkeypatch: pytest.
         await eventually(lambda: receiver.settled)
         bench.refusals.extend(ConnectError("still down") for _ in range(3))
         receiver.break_with(ConnectionLost("cut"))
-        bench.consumer._repeats_until_s = 0.0  # as if the outage had lasted
+        bench.consumer._repeats = dict.fromkeys(bench.consumer._repeats, 0.0)  # as if the outage had lasted
         await eventually(lambda: len(bench.receivers) == 2)
         bench.receiver.give("m1")
         await eventually(lambda: bench.receiver.settled == [("m1", "accept")])
