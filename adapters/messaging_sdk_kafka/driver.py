@@ -51,6 +51,8 @@ _LED_S: Final = 3.0
 _ANSWER_S: Final = 5.0
 _SIGNAL_RETENTION_S: Final = 60.0
 """Nobody reads an old signal."""
+_PATIENCE_S: Final = 60.0
+"""librdkafka's socket.timeout.ms. Leaving the only broker gains nothing: what it may have stored is then sent again."""
 _RECONNECT_MS: Final = {"reconnect.backoff.ms": 20, "reconnect.backoff.max.ms": 500}
 """The admin's client outlives a broker; by default it would try again after up to 10 s."""
 _FRESH: Final = (
@@ -98,6 +100,7 @@ class Driver(spi.Driver):
         self._members: list[Member] = []
         self._partitions: dict[str, int] = {}
         self._server = ""
+        self._brokers = 1  # known when it is open
 
     # --- promises
 
@@ -122,6 +125,7 @@ class Driver(spi.Driver):
         try:
             cluster = await self._reached(admin)
             self._server = "Apache Kafka"
+            self._brokers = len(cluster.nodes)
             if self._options.group_protocol == "kip848":
                 await self._check_protocol(admin, cluster)
         except BaseException:
@@ -411,7 +415,7 @@ class Driver(spi.Driver):
         topic = topic_name(destination, self._block(destination))
         described = await self._described(self._opened(), topic)
         what = f"a replay of {destination} on {self.address}"
-        reader = HistoryReader(self.config(), topic, str(described.topic_id), what)
+        reader = HistoryReader(self.config() | self.patience(), topic, str(described.topic_id), what)
         try:
             await self._when_fresh(lambda: reader.start(len(described.partitions), since), what)
         except BaseException:
@@ -438,8 +442,10 @@ class Driver(spi.Driver):
             "fetch.queue.backoff.ms": 5,  # of a full queue; the default of 1 s starves what drains it in between
         }
         if options.group_protocol == "kip848":
-            return config | {"group.protocol": "consumer"}
+            return config | self.patience() | {"group.protocol": "consumer"}
         session_ms = round(options.session_timeout_s * 1000)
+        # a commit waits on the same connection behind the member's own JoinGroup, and that for the slowest handler
+        config |= self.patience(least_s=options.revoke_timeout_s + 1)
         return config | {
             "partition.assignment.strategy": "cooperative-sticky",
             "session.timeout.ms": session_ms,
@@ -454,7 +460,6 @@ class Driver(spi.Driver):
             "client.id": "messaging-sdk",
             "log_level": 0,  # what it would write to stderr comes as an error to its callback as well
             "socket.connection.setup.timeout.ms": max(1000, round(options.connect_timeout_s * 1000)),
-            "socket.timeout.ms": round(options.request_timeout_s * 1000),
             **_RECONNECT_MS,
         }
         if self._tls:
@@ -473,6 +478,11 @@ class Driver(spi.Driver):
             }
         protocol = ("SASL_" if address.user is not None else "") + ("SSL" if self._tls else "PLAINTEXT")
         return config | {"security.protocol": protocol}
+
+    def patience(self, *, least_s: float = 0.0, most_s: float = _PATIENCE_S) -> dict[str, int]:
+        """How long a broker may be silent until another is asked; where there is no other, the client's default."""
+        wait_s = min(most_s, max(least_s, self._options.request_timeout_s)) if self._brokers > 1 else _PATIENCE_S
+        return {"socket.timeout.ms": round(wait_s * 1000)}
 
     def _opened(self) -> AdminClient:
         if self._admin is None:
@@ -495,6 +505,7 @@ def producer_config(driver: Driver, *, confirmed: bool) -> dict[str, Any]:
         "allow.auto.create.topics": False,  # a topic that was deleted would come back with the broker's defaults
         "topic.metadata.propagation.max.ms": 3000,  # how long a topic that is unknown may be merely new
         "compression.type": options.compression,
+        **driver.patience(most_s=options.send_timeout_s / 3),
     }
     return config | ({"enable.idempotence": True} if confirmed else {"acks": 0})
 

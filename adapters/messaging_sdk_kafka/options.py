@@ -37,9 +37,9 @@ class Options(TlsFiles):
     revoke_timeout_s: Seconds = Field(10.0, gt=0)
     """How long handlers of a partition that goes to another member may take to end; the group waits for them."""
     request_timeout_s: Seconds = Field(6.0, ge=1)
-    """A broker that leaves a request unanswered for this long is taken for gone, and its partitions' new leaders are
-    asked: one that froze or lost its power keeps its connections open. A third of send_timeout_s at most, so that there
-    is time to send again."""
+    """A broker of several that leaves a request unanswered for this long is taken for gone, and its partitions' new
+    leaders are asked: one that froze or lost its power keeps its connections open. Sends wait a third of send_timeout_s
+    at most, so that there is time to send again; members of classic groups revoke_timeout_s and a second at least."""
     send_timeout_s: Seconds = Field(20.0, ge=1)
     """A message without an answer from the broker is given up as indeterminate after this time."""
     partitions: int = Field(PARTITIONS, ge=1)

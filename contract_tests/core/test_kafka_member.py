@@ -655,6 +655,26 @@ def test_what_cannot_be_connected_to_is_refused_when_it_is_configured(
         Driver(address, Driver.Options(**options), {})
 
 
+@pytest.mark.parametrize(
+    ("brokers", "options", "sends_ms", "member_ms"),
+    [
+        (1, {}, 60_000, 60_000),
+        (3, {}, 6_000, 11_000),
+        (3, {"revoke_timeout_s": 2.0}, 6_000, 6_000),
+        (3, {"send_timeout_s": 9.0}, 3_000, 11_000),
+        (3, {"group_protocol": "kip848"}, 6_000, 6_000),
+    ],
+)
+def test_a_silent_broker_is_left_where_there_is_another(
+    brokers: int, options: dict[str, Any], sends_ms: int, member_ms: int
+) -> None:
+    """In time to send again, and not before the slowest handler of a rebalance."""
+    driver = Driver(Address("kafka", HOST), Driver.Options(**options), {})
+    driver._brokers = brokers
+    assert producer_config(driver, confirmed=True)["socket.timeout.ms"] == sends_ms
+    assert driver._consumer_config("group", 500)["socket.timeout.ms"] == member_ms
+
+
 def test_a_bad_message_is_refused_alone_and_before_it_reaches_the_client() -> None:
     driver = Driver(Address("kafka", HOST), Driver.Options(), {})
     config = {**producer_config(driver, confirmed=True), **MOCK}

@@ -56,9 +56,11 @@ BROKER: Final = """
 n=$1 properties=/tmp/$1.properties jars='/opt/kafka/libs/*'
 eval "sed s/ADDRESS/\\$BROKER_$n/ /cluster/$n" > $properties
 [ -d /tmp/kafka-$n ] || java -cp "$jars" kafka.tools.StorageTool format -t MkU3OEVBNTcwNTJENDM2Qk -c $properties
-exec java -Xms96m -Xmx256m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:AOTCache=/opt/kafka/kafka.aot \
-    -Dlog4j2.configurationFile=/opt/kafka/log4j2.yaml -cp "$jars" kafka.Kafka $properties
+exec java -Xms96m -Xmx256m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:+IgnoreUnrecognizedVMOptions \
+    -XX:AOTCache=/opt/kafka/kafka.aot -Dlog4j2.configurationFile=/opt/kafka/log4j2.yaml \
+    -cp "$jars" kafka.Kafka $properties
 """
+AWAIT_END: Final = 'while [ -n "$(cat /proc/$(cat /tmp/{n}.pid)/cmdline 2> /dev/null)" ]; do sleep 0.2; done'
 START: Final = "setsid sh /cluster/broker {n} >> /tmp/{n}.log 2>&1 < /dev/null & echo $! > /tmp/{n}.pid"
 ALL: Final = " ; ".join(START.format(n=n) for n in PORTS) + " ; exec sleep infinity"
 
@@ -83,7 +85,8 @@ class Cluster:
         self.service.exec("sh", "-c", f"kill -{what.value} $(cat /tmp/{n}.pid)")
 
     def start(self, n: int) -> None:
-        self.service.exec("sh", "-c", START.format(n=n))
+        """Again, when what was killed or is ending has let go of its files and port."""
+        self.service.exec("sh", "-c", f"{AWAIT_END.format(n=n)}; {START.format(n=n)}")
 
     def topics(self) -> dict[str, TopicMetadata]:
         return AdminClient({"bootstrap.servers": self.servers, "log_level": 0}).list_topics(timeout=5).topics
@@ -123,8 +126,9 @@ class Traffic:
         self.accepted: Counter[str] = Counter()
         """Key -> the last number that publish has returned for; each number before it was accepted, too."""
         self.handled: dict[str, list[int]] = defaultdict(list)
-        self.seen: Counter[str] = Counter()
+        self.seen: set[str] = set()
         self.ended = False
+        self.publishing: asyncio.Future[list[None]]
 
     def consumer(self, url: str) -> Bus:
         bus = Bus(url)
@@ -132,9 +136,10 @@ class Traffic:
         @bus.on(self.queue, concurrency=len(KEYS))
         async def handle(text: str, _: Delivery[str]) -> None:
             key, _, number = text.partition(":")
-            self.seen[text] += 1
-            if self.seen[text] == 1:
+            if text not in self.seen:
+                self.seen.add(text)
                 self.handled[key].append(int(number))
+            await asyncio.sleep(0.002)
 
         return bus
 
@@ -149,6 +154,8 @@ class Traffic:
         accepted, handled = dict(self.accepted), {key: len(found) for key, found in self.handled.items()}
 
         async def went_on() -> bool:
+            if self.publishing.done():
+                await self.publishing  # raises what a publish raised
             return all(
                 self.accepted[key] >= accepted.get(key, 0) + AFTER
                 and len(self.handled[key]) >= handled.get(key, 0) + AFTER
@@ -172,7 +179,7 @@ def test_no_message_is_lost_and_no_key_overtaken_while_brokers_come_and_go(clust
                 await stack.enter_async_context(bus)
             for bus in consumers:
                 await stack.enter_async_context(bus.consuming())
-            publishing = asyncio.gather(*(traffic.publish(publisher, key) for key in KEYS))
+            traffic.publishing = asyncio.gather(*(traffic.publish(publisher, key) for key in KEYS))
             await traffic.go_on()
             for number, what in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)):
                 await asyncio.to_thread(hurt, 1 + number, what)
@@ -181,7 +188,7 @@ def test_no_message_is_lost_and_no_key_overtaken_while_brokers_come_and_go(clust
                 await eventually(lambda: asyncio.to_thread(cluster.is_whole), "all replicas in sync")
                 await traffic.go_on()
             traffic.ended = True
-            await publishing
+            await traffic.publishing
 
             async def all_came() -> bool:
                 return all(len(traffic.handled[key]) >= last for key, last in traffic.accepted.items())
