@@ -81,6 +81,8 @@ class Terms:
 class Settler(ABC):
     """What a Delivery of a stream calls."""
 
+    __slots__ = ()
+
     @abstractmethod
     async def ack(self, delivery: Delivery[Any]) -> None: ...
     @abstractmethod
@@ -98,6 +100,14 @@ OpenReceiver = Callable[[Callable[[Sequence[Session], float], Awaitable[None]]],
 
 class Consumer(Settler):
     """Intake, lanes and settlement of one destination and group. What takes from `ready` is Workers or a Stream."""
+
+    # beyond 30 attributes of a dict CPython reads each of them the slow way
+    __slots__ = (
+        "_accepted", "_acking", "_answers", "_bury", "_done", "_extender", "_flush_armed", "_intake", "_lanes",
+        "_loop", "_on_stop", "_open_receiver", "_receiver", "_repeats", "_repeats_until_s", "_room", "_running",
+        "_settlements", "_settles", "_settling", "_takers", "_tasks", "_timers", "_unsettled",
+        "cancel_handlers", "closing", "failure", "ready", "stats", "terms",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -266,12 +276,13 @@ class Consumer(Settler):
         ready, terms = self.ready, self.terms
         while ready:
             message = ready.popleft()
+            delivery: Any = message  # a Delivery, where it settles; a cast would cost a call
             if self._settles:
-                delivery = cast("Delivery[Any]", message)
                 if self.closing or delivery.session.closing or delivery.session.lost:
                     continue  # what is still ours stays in _unsettled and is handed back
                 if (self._done or self._repeats) and self._is_done(delivery):
                     self.stats.repeats_suppressed += 1
+                    self._accepted.append(delivery._id or delivery)
                     self._settle(delivery, ACCEPT)
                     continue
                 if delivery.deliveries is not None and delivery.deliveries > terms.max_deliveries:
@@ -283,7 +294,7 @@ class Consumer(Settler):
                 self.give_up(message, "undecodable", str(error))
                 continue
             if self._settles:
-                self._running.add(cast("Delivery[Any]", message))
+                self._running.add(delivery)
             elif self._room is not None and len(ready) < terms.window // 2:
                 self._room.set_result(None)
                 self._room = None
@@ -292,18 +303,27 @@ class Consumer(Settler):
 
     # --- settling
 
-    def accept(self, delivery: Delivery[Any], *, is_handled: bool = True) -> None:
-        """Settle as done, in the next batch. Nothing happens if it is no longer ours.
-
-        `is_handled`: if this is not recorded, a repeat needs no second run. What was given up may be published again
-        with its id.
-        """
+    def accept(self, delivery: Delivery[Any]) -> None:
+        """Settle what was handled, in the next batch; a repeat needs no second run. Nothing happens if it is no longer
+        ours."""
         if delivery.session.lost:
-            self._expect_again([delivery.id])  # and it is done
-            self._forget(delivery)
+            self._finish_late(delivery)
             return
         self._running.discard(delivery)
-        self._settle(delivery, ACCEPT, is_handled=is_handled)
+        self._accepted.append(delivery._id or delivery)
+        self._settle(delivery, ACCEPT)
+
+    def _accept_given_up(self, delivery: Delivery[Any]) -> None:
+        """The same, but it may be published again with its id, and is then to run."""
+        if delivery.session.lost:
+            self._finish_late(delivery)
+            return
+        self._running.discard(delivery)
+        self._settle(delivery, ACCEPT)
+
+    def _finish_late(self, delivery: Delivery[Any]) -> None:
+        self._expect_again([delivery.id])  # and it is done
+        self._forget(delivery)
 
     def _expect_again(self, ids: Iterable[str]) -> None:
         """These are done, and may come once more, soon: an id that is published again later is another message."""
@@ -342,14 +362,10 @@ class Consumer(Settler):
         delivery: Delivery[Any],
         disposition: Disposition,
         waiter: asyncio.Future[None] | None = None,
-        *,
-        is_handled: bool = True,
     ) -> None:
         delivery.settled = True
         if disposition is ACCEPT:
             self.stats.settled += 1
-            if is_handled:
-                self._accepted.append(delivery._id or delivery)
         self._settlements.append((delivery.receipt, disposition))
         self._settling.append(waiter)
         if self._lanes is None:
@@ -470,6 +486,7 @@ class Consumer(Settler):
 
     def _ack(self, delivery: Delivery[Any]) -> asyncio.Future[None]:
         self._running.discard(delivery)
+        self._accepted.append(delivery._id or delivery)
         answer = self._acking[delivery] = self._loop.create_future()
         self._settle(delivery, ACCEPT, answer)
         return answer
@@ -565,7 +582,7 @@ class Consumer(Settler):
         if terms.on_failure == "drop":
             self.stats.dropped += 1
             log.warning("%s: message %s dropped (%s): %s", terms.destination, delivery.id, reason, error)
-            self.accept(delivery, is_handled=False)
+            self._accept_given_up(delivery)
         elif terms.on_failure == "stop":
             self._running.discard(delivery)
             self.fail(
@@ -598,7 +615,7 @@ class Consumer(Settler):
             reason,
             error,
         )
-        self.accept(delivery, is_handled=False)
+        self._accept_given_up(delivery)
 
     def fail(self, error: BaseException) -> None:
         """Stop for good, loudly."""

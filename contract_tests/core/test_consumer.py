@@ -31,6 +31,7 @@ from messaging_sdk import (
     UsageError,
 )
 from messaging_sdk.capabilities import Capabilities
+from messaging_sdk.consumer import Consumer
 from messaging_sdk.model import Message, Meta
 
 ORDERED = Queue("work", bytes, key=lambda body: body.decode(), ordered=True)
@@ -709,7 +710,9 @@ def test_a_message_whose_ack_was_cancelled_comes_again_if_it_was_not_recorded(at
     law(body)
 
 
-def test_what_was_settled_before_its_handler_runs_once_if_the_connection_is_lost_right_then() -> None:
+def test_what_was_settled_before_its_handler_runs_once_if_the_connection_is_lost_right_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Recorded, by a broker that answers nothing: before the worker has heard of it."""
 
     async def body() -> None:
@@ -717,16 +720,16 @@ def test_what_was_settled_before_its_handler_runs_once_if_the_connection_is_lost
         held.gates["m1"].set()
         receiver = await bench.start(held, settle_before=True)
 
-        flush = bench.consumer._flush
+        flush = Consumer._flush
 
-        def flush_and_lose() -> None:
-            flush()
+        def flush_and_lose(consumer: Consumer) -> None:
+            flush(consumer)
             if receiver.settled:
-                bench.consumer._flush = flush  # type: ignore[method-assign]
-                bench.consumer._lose_connection(ConnectionLost("cut"))
+                monkeypatch.undo()
+                consumer._lose_connection(ConnectionLost("cut"))
                 receiver.break_with(ConnectionLost("cut"))
 
-        bench.consumer._flush = flush_and_lose  # type: ignore[method-assign]
+        monkeypatch.setattr(Consumer, "_flush", flush_and_lose)
         receiver.give("m1")
         await eventually(lambda: len(bench.receivers) == 2)
         bench.receiver.give("m1")
