@@ -64,6 +64,27 @@ def refused(settlements: object) -> asyncio.Future[Any]:
     return future
 
 
+async def unanswered_ack(
+    bench: Bench, is_decoded: bool, at_once: bool
+) -> tuple[asyncio.Task[None], asyncio.Future[Any]]:
+    """An ack of m1 in pull style that is under way, and the receiver's answer to come."""
+    await bench.consumer.start()
+    pending: list[asyncio.Future[Any]] = []
+
+    def unanswered(settlements: object) -> asyncio.Future[Any]:
+        pending.append(asyncio.get_running_loop().create_future())
+        return pending[0]
+
+    bench.receiver.answers = unanswered
+    bench.receiver.put(arrival(bench.receiver, is_decoded))
+    await eventually(lambda: bool(bench.consumer.ready))
+    found = bench.consumer.next()
+    assert isinstance(found, Delivery)
+    acking = asyncio.create_task(bench.consumer.ack(found) if at_once else bench.consumer.ack_all([found]))
+    await eventually(lambda: bool(pending))
+    return acking, pending[0]
+
+
 def arrival(receiver: ScriptedReceiver, is_decoded: bool) -> Delivery[Any]:
     """One delivery of m1, its id at hand or in its meta."""
     id = "m1" if is_decoded else None
@@ -684,24 +705,11 @@ def test_what_was_given_up_runs_when_it_is_published_again(on_failure: str) -> N
 def test_a_message_whose_ack_was_cancelled_comes_again_if_it_was_not_recorded(at_once: bool) -> None:
     async def body() -> None:
         bench = Bench()
-        await bench.consumer.start()
-        receiver, pending = bench.receiver, list[asyncio.Future[Any]]()
-
-        def unanswered(settlements: object) -> asyncio.Future[Any]:
-            pending.append(asyncio.get_running_loop().create_future())
-            return pending[0]
-
-        receiver.answers = unanswered
-        receiver.give("m1")
-        await eventually(lambda: bool(bench.consumer.ready))
-        found = bench.consumer.next()
-        assert isinstance(found, Delivery)
-        acking = asyncio.create_task(bench.consumer.ack(found) if at_once else bench.consumer.ack_all([found]))
-        await eventually(lambda: bool(pending))
+        acking, answer = await unanswered_ack(bench, is_decoded=True, at_once=at_once)
         acking.cancel()
         await asyncio.wait([acking])
-        pending[0].set_result([(0, SettleLost("not yours"))])
-        receiver.give("m1")
+        answer.set_result([(0, SettleLost("not yours"))])
+        bench.receiver.give("m1")
         await eventually(lambda: bool(bench.consumer.ready))
         again = bench.consumer.next()
         assert again is not None and again.id == "m1"
@@ -749,31 +757,18 @@ def test_what_an_ack_said_to_come_again_comes_again(answer: str, at_once: bool, 
 
     async def body() -> None:
         bench = Bench()
-        await bench.consumer.start()
-        receiver, pending = bench.receiver, list[asyncio.Future[Any]]()
-
-        def unanswered(settlements: object) -> asyncio.Future[Any]:
-            pending.append(asyncio.get_running_loop().create_future())
-            return pending[0]
-
-        receiver.answers = unanswered
-        receiver.put(arrival(receiver, is_decoded))
-        await eventually(lambda: bool(bench.consumer.ready))
-        found = bench.consumer.next()
-        assert isinstance(found, Delivery)
-        acking = asyncio.create_task(bench.consumer.ack(found) if at_once else bench.consumer.ack_all([found]))
-        await eventually(lambda: bool(pending))
+        acking, told = await unanswered_ack(bench, is_decoded, at_once)
         if answer == "failed":
-            pending[0].set_result([(0, SettleLost("not yours"))])
+            told.set_result([(0, SettleLost("not yours"))])
         else:
-            receiver.break_with(ConnectionLost("cut"))
+            bench.receiver.break_with(ConnectionLost("cut"))
             await eventually(lambda: len(bench.receivers) == 2)
         bench.receiver.put(arrival(bench.receiver, is_decoded))
         await eventually(lambda: bool(bench.consumer.ready))
         if answer == "lost first":
-            pending[0].set_result([(0, SettleLost("cut"))])
+            told.set_result([(0, SettleLost("cut"))])
         elif answer == "lost and never":
-            pending[0].cancel()
+            told.cancel()
         with pytest.raises(SettleLost):
             await acking
         again = bench.consumer.next()

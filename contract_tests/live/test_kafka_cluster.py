@@ -12,9 +12,9 @@ from typing import Final
 
 import pytest
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, TopicMetadata
+from confluent_kafka.admin import AdminClient, ClusterMetadata, TopicMetadata
 
-from messaging_sdk import Bus, Delivery, Queue
+from messaging_sdk import Bus, Queue
 from messaging_sdk_contract.live import LiveService, start_service
 
 PORTS: Final = {1: 9092, 2: 9094, 3: 9095}
@@ -77,8 +77,11 @@ class Cluster:
         self.servers = ",".join("{}:{}".format(*self.service.address(port)) for port in PORTS.values())
         self.service.wait_ready(self._is_complete)
 
+    def _metadata(self, wait_s: float) -> ClusterMetadata:
+        return AdminClient({"bootstrap.servers": self.servers, "log_level": 0}).list_topics(timeout=wait_s)
+
     def _is_complete(self) -> None:
-        brokers = AdminClient({"bootstrap.servers": self.servers, "log_level": 0}).list_topics(timeout=2).brokers
+        brokers = self._metadata(2).brokers
         assert len(brokers) == len(PORTS), f"{len(brokers)} of {len(PORTS)} brokers are there"
 
     def send(self, n: int, what: signal.Signals) -> None:
@@ -89,7 +92,7 @@ class Cluster:
         self.service.exec("sh", "-c", f"{AWAIT_END.format(n=n)}; {START.format(n=n)}")
 
     def topics(self) -> dict[str, TopicMetadata]:
-        return AdminClient({"bootstrap.servers": self.servers, "log_level": 0}).list_topics(timeout=5).topics
+        return self._metadata(5).topics
 
     def is_whole(self) -> bool:
         """Has each partition all its replicas in sync?"""
@@ -134,7 +137,7 @@ class Traffic:
         bus = Bus(url)
 
         @bus.on(self.queue, concurrency=len(KEYS))
-        async def handle(text: str, _: Delivery[str]) -> None:
+        async def handle(text: str) -> None:
             key, _, number = text.partition(":")
             if text not in self.seen:
                 self.seen.add(text)
